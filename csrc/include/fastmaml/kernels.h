@@ -1,0 +1,129 @@
+// Every CPU kernel: one function per <op>_<mode>, its operands in the order of the Plan (inputs, then outputs) and its formula.
+//
+// A trailing ? marks an operand that may be absent (null): as an input it counts as zero, as an output it is not wanted. Shapes: x [n, in],
+// w packed [out, in], vectors [c] padded to kLane. "sizes" are Instruction::sizes, "numbers" Instruction::numbers. Row kernels see one block of
+// rows; reductions write on the first block and add on later ones. A team member does the share `part` of `parts`.
+#pragma once
+#include "fastmaml/plan.h"
+
+namespace fastmaml {
+
+struct Task {
+    int64_t index, n_support, n_query, ways;  // ways 0: all outputs
+};
+
+struct Call {
+    void* operands[kMaxOperands];
+    int64_t row_stride[kMaxOperands];  // bytes
+    int64_t n;        // rows of this block
+    int64_t row0;     // its first row
+    int64_t n_total;  // rows of the extent
+    bool first, last; // block
+    int part, parts;
+    const int64_t* sizes;
+    const float* numbers;
+    const Task* task;
+
+    float* f(int i) const { return static_cast<float*>(operands[i]); }
+    uint8_t* mask(int i) const { return static_cast<uint8_t*>(operands[i]); }
+    const int64_t* label(int i) const { return static_cast<const int64_t*>(operands[i]); }
+    int64_t stride(int i) const { return row_stride[i] / static_cast<int64_t>(sizeof(float)); }
+};
+
+using Kernel = void (*)(const Call&);
+
+// clang-format off
+#define FASTMAML_KERNELS(K) \
+    /* linear: sizes {in, out}. The epilogue operands base?, scale? of bwd_weight: out = base + numbers[0] * scale * dw instead of dw */ \
+    K(linear_fwd)            /* x, w, b?, y:                       y = x w^T + b */ \
+    K(linear_jvp)            /* x, w, xt?, wt?, bt?, yt:           yt = xt w^T + x wt^T + bt */ \
+    K(linear_bwd_input)      /* dy, w, dx:                         dx = dy w */ \
+    K(linear_bwd_input_jvp)  /* dy?, w, dyt?, wt?, dxt:            dxt = dyt w + dy wt */ \
+    K(linear_bwd_weight)     /* x, dy, dw?, db?, base?, scale?:    dw = dy^T x, db = sum dy */ \
+    K(linear_bwd_weight_jvp) /* x, dy, xt?, dyt?, dwt?, dbt?, base?, scale?: dwt = dyt^T x + dy^T xt, dbt = sum dyt */ \
+    /* batchnorm over rows: sizes {c, stat rows or 0}, numbers {eps}. xhat = (x - mean) rstd, xhatt its tangent */ \
+    K(batchnorm_stats_fwd)   /* x, mean, rstd:                     rstd = 1 / sqrt(biased variance + eps) */ \
+    K(batchnorm_running_fwd) /* running_mean, running_var, mean, rstd */ \
+    K(batchnorm_stats_jvp)   /* x, mean, rstd, xt, meant, rstdt:   meant = E[xt], rstdt = -rstd^3 E[(x - mean) xt] */ \
+    K(batchnorm_fwd)         /* x, mean, rstd, gamma?, beta?, y:   y = gamma xhat + beta */ \
+    K(batchnorm_jvp)         /* x, mean, rstd, gamma?, xt?, meant?, rstdt?, gammat?, betat?, yt */ \
+    K(batchnorm_bwd_stats)   /* x, mean, rstd, dy, s1, s2:         s1 = sum dy, s2 = sum dy xhat (also dbeta, dgamma) */ \
+    K(batchnorm_bwd_input)   /* x, mean, rstd, gamma?, dy, s1, s2, dx: dx = gamma rstd (dy - [stat row] (s1 + xhat s2) / N) */ \
+    K(batchnorm_bwd_stats_jvp) /* x, mean, rstd, dy?, xt?, meant?, rstdt?, dyt?, s1t?, s2t? */ \
+    K(batchnorm_bwd_input_jvp) /* x, mean, rstd, gamma?, dy?, s1?, s2?, xt?, meant?, rstdt?, gammat?, dyt?, s1t?, s2t?, dxt */ \
+    /* piecewise linear: numbers {slope}, sizes {c} */ \
+    K(relu_fwd)              /* x, y, mask?:                       mask = x > 0, y = x or slope x */ \
+    K(relu_replay)           /* x, mask, y */ \
+    K(relu_bwd)              /* mask, dy, dx: also the jvp and bwd_jvp */ \
+    /* smooth activations f: sizes {c}, numbers {alpha or beta, threshold} */ \
+    K(tanh_fwd) K(tanh_jvp) K(tanh_bwd) K(tanh_bwd_jvp)              /* x, y;  x, xt, yt;  x, dy, dx; */ \
+    K(sigmoid_fwd) K(sigmoid_jvp) K(sigmoid_bwd) K(sigmoid_bwd_jvp)  /* x, xt?, dy?, dyt?, dxt: dxt = f'(x) dyt + f''(x) xt dy */ \
+    K(exp_fwd) K(exp_jvp) K(exp_bwd) K(exp_bwd_jvp) \
+    K(elu_fwd) K(elu_jvp) K(elu_bwd) K(elu_bwd_jvp) \
+    K(gelu_fwd) K(gelu_jvp) K(gelu_bwd) K(gelu_bwd_jvp)              /* sizes {c, 1 for the tanh form} */ \
+    K(silu_fwd) K(silu_jvp) K(silu_bwd) K(silu_bwd_jvp) \
+    K(softplus_fwd) K(softplus_jvp) K(softplus_bwd) K(softplus_bwd_jvp) \
+    /* losses: sizes {classes or outputs, reduction: 0 mean 1 sum 2 divisor}, numbers {label smoothing, divisor} */ \
+    K(cross_entropy_fwd)     /* z, label, weight?, loss?, correct?: -sum q log softmax(z) / normaliser over the first `ways` classes */ \
+    K(cross_entropy_bwd)     /* z, label, weight?, step_weight?, dz: ((sum q) p - q) / normaliser */ \
+    K(cross_entropy_jvp)     /* z, label, weight?, zt, losst:      <dz, zt> */ \
+    K(cross_entropy_bwd_jvp) /* z, label, weight?, zt, dzt:        (sum q) p (zt - <p, zt>) / normaliser */ \
+    K(mse_fwd) K(mse_bwd) K(mse_jvp) K(mse_bwd_jvp)  /* the same operands with a float target; sum (z - target)^2 / normaliser */ \
+    /* whole arrays: sizes {floats}; numbers {sign} */ \
+    K(sgd_fwd)               /* theta, g, rate, theta_next; sizes {floats, 1 for a rate per element}: theta - rate g */ \
+    K(sgd_bwd)               /* theta_bar, rate, u:                -rate theta_bar */ \
+    K(sgd_bwd_rate)          /* theta_bar, g, acc?, out:           acc - theta_bar g, summed where the rate is scalar */ \
+    K(axpy_fwd)              /* acc, x, scale?, out:               acc + sign scale x */ \
+    K(scale_fwd)             /* x, scale?, out:                    sign scale x */ \
+    K(add_fwd)               /* x?, y?, z */ \
+    K(zero_fwd)              /* out */ \
+    K(copy_fwd)              /* x, y */ \
+    /* rows: sizes {c, 1 if the source's rows are not padded, 1 if the target's are not} */ \
+    K(copy_rows_fwd)         /* x, y */ \
+    K(add_rows_fwd)          /* x, y, z */ \
+    K(axpy_rows_fwd)         /* acc, x, scale?, out */ \
+    K(zero_rows_fwd)         /* out */ \
+    K(join_rows_fwd)         /* support, query, joint; sizes {c} */ \
+    K(query_rows_fwd)        /* joint, query */ \
+    K(query_rows_bwd)        /* dquery, djoint: zeros in the support rows */ \
+    /* weight expressions on plain arrays of up to 4 axes: sizes {z0..z3, x strides are 0 where x is broadcast: bit i of sizes[4] (x), [5] (y)} */ \
+    K(add_expr_fwd)          /* x?, y?, z */ \
+    K(mul_expr_fwd)          /* x, y, z */ \
+    K(mul_expr_jvp)          /* x, y, xt?, yt?, zt:                xt y + x yt */ \
+    K(sum_expr)              /* a, b?, c?, d?, out: out = sum over the broadcast axes (bits of sizes[4]) of a b + c d; b, d broadcast by sizes[5] */ \
+    K(matmul_fwd)            /* a, b, c?, d?, out; sizes {m, n, k, transpose bits a=1 b=2}: out = a b + c d */ \
+    K(transpose_fwd)         /* x, y; sizes {rows, cols} of x */ \
+    K(slice_fwd)             /* x, y; sizes {outer, whole, start, length, inner} */ \
+    K(slice_bwd)             /* dy, dx */ \
+    K(pack_fwd)              /* plain [out, in], packed; sizes {in, out} */ \
+    K(unpack_fwd)            /* packed, plain */
+// clang-format on
+
+enum KernelId {
+#define FASTMAML_ENUM(name) kId_##name,
+    FASTMAML_KERNELS(FASTMAML_ENUM)
+#undef FASTMAML_ENUM
+        kKernelCount
+};
+
+#define FASTMAML_DECLARE(name) void name(const Call&);
+namespace baseline {
+FASTMAML_KERNELS(FASTMAML_DECLARE)
+extern const Kernel kTable[kKernelCount];
+float peak_flops(int64_t iterations);
+}  // namespace baseline
+#ifdef FASTMAML_X86
+namespace avx2 {
+FASTMAML_KERNELS(FASTMAML_DECLARE)
+extern const Kernel kTable[kKernelCount];
+float peak_flops(int64_t iterations);
+}  // namespace avx2
+namespace avx512 {
+FASTMAML_KERNELS(FASTMAML_DECLARE)
+extern const Kernel kTable[kKernelCount];
+float peak_flops(int64_t iterations);
+}  // namespace avx512
+#endif
+#undef FASTMAML_DECLARE
+
+}  // namespace fastmaml

@@ -1,0 +1,103 @@
+// The Plan as plain data, as the cpu executor receives it: no Python, no torch, no knowledge of meta-learning.
+//
+// Real buffers are float arrays. A buffer with rows is [rows, stride] with the stride padded to kLane floats and zeros in the padding;
+// a vector is padded the same way; a weight matrix that a linear layer reads is "packed" (see packed_offset). Masks are bytes.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace fastmaml {
+
+constexpr int64_t kLane = 16;   // floats; every row stride is a multiple of it, on every instruction set
+constexpr int64_t kPanel = 64;  // columns of a packed weight that lie together
+constexpr int kMaxOperands = 16;
+constexpr int kMaxSizes = 8;
+constexpr int kMaxNumbers = 4;
+
+inline int64_t pad_lane(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
+
+enum class Home : int32_t { kMeta, kTask, kRun, kArena };
+enum class Rows : int32_t { kNone, kSupport, kQuery, kJoint };
+
+// Where an operand of an instruction lies. Offsets and strides count bytes.
+struct Operand {
+    bool present = false;
+    bool block = false;         // holds one block of rows, not the whole extent
+    Home home = Home::kMeta;
+    Rows rows = Rows::kNone;
+    int32_t task_buffer = 0;    // home kTask: index into the table of task buffers
+    int32_t shift = 0;          // slot on the step axis = step + shift
+    int64_t offset = 0;         // from the base of the home
+    int64_t step_stride = 0;    // 0: no step axis
+    int64_t row_stride = 0;
+    bool has_first = false;     // slot 0 lies elsewhere (theta_0 is the leaf itself)
+    Home first_home = Home::kMeta;
+    int32_t first_task_buffer = 0;
+    int64_t first_offset = 0;
+};
+
+struct Instruction {
+    int32_t kernel = 0;  // index into the kernel table
+    Rows rows = Rows::kNone;
+    int32_t n_operands = 0;
+    Operand operands[kMaxOperands];
+    int64_t sizes[kMaxSizes] = {};
+    float numbers[kMaxNumbers] = {};
+};
+
+struct Group {
+    Rows rows = Rows::kNone;
+    int64_t block_rows = 0;  // rows that run through the whole group before the next ones begin
+    std::vector<Instruction> instructions;
+};
+
+struct Phase {
+    bool meta = false;
+    int32_t half = 0, start = 0, stop = 0, stride = 1;
+    std::vector<Group> groups;
+};
+
+// One per task and kept: user data, results, what crosses from the forward to the reverse half.
+struct TaskBuffer {
+    Rows rows = Rows::kNone;  // addressed through the row offsets of the batch, else by task index
+    int64_t stride = 0;       // bytes of one row, or of one task
+};
+
+// How a leaf or a gradient meets the caller's array. kPacked: a [rows, cols] matrix <-> packed transpose; kPlain: contiguous.
+enum class Layout : int32_t { kPlain, kPacked };
+
+struct Port {
+    int64_t offset = 0;  // in the meta arena, bytes
+    Layout layout = Layout::kPlain;
+    int64_t rows = 1, cols = 1;      // of one slot
+    int64_t steps = 1, step_stride = 0;  // slots on the step axis
+};
+
+struct Reduction {
+    Operand source;
+    int64_t target = 0;  // meta arena, bytes
+    int64_t count = 0;   // floats, over all slots, contiguous
+    int64_t offset = 0;  // of this reduction in a chunk's accumulator, floats
+};
+
+struct Plan {
+    std::vector<Phase> phases;
+    std::vector<TaskBuffer> task_buffers;
+    std::vector<Port> inputs, outputs;
+    std::vector<Reduction> reductions;
+    std::vector<Operand> checked;    // scalars that must be finite: the losses of every step
+    int64_t meta_bytes = 0, run_bytes = 0, accumulator_floats = 0;
+    int32_t halves = 1;
+};
+
+// Element (k, o) of a packed [out, in] weight: panels of kPanel outputs, each [in][width]; width = what is left, padded to kLane.
+inline int64_t packed_width(int64_t panel, int64_t out) {
+    int64_t left = pad_lane(out) - panel * kPanel;
+    return left < kPanel ? left : kPanel;
+}
+inline int64_t packed_offset(int64_t k, int64_t o, int64_t in, int64_t out) {
+    int64_t panel = o / kPanel;
+    return panel * kPanel * in + k * packed_width(panel, out) + o % kPanel;
+}
+
+}  // namespace fastmaml

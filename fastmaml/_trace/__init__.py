@@ -1,0 +1,1 @@
+"""How ``fastmaml.trace`` reads a forward: a recorder of torch functions, and one rule per function."""

@@ -1,0 +1,565 @@
+"""The one sweep over inner steps and back: a Program and an Arrangement become a Plan.
+
+    prologue   what does not depend on the adapted leaves: weight expressions once per meta-iteration, frozen layers once per task
+    k = 0..K-1 gradient at theta_k on the support rows; theta_{k+1} = update(theta_k, g_k, rate_k)
+    query      outer loss at theta_K (with multi-step losses at every step); theta_bar = its gradient, zeta_bar = that of every other leaf
+    k = K-1..0 u = cotangent of g_k; HVP in direction u: theta_bar += H_theta,theta u, zeta_bar += H_zeta,theta u; rate gradients
+    epilogue   the prologue's reverse; sums over tasks
+
+Where one scalar rate serves all adapted leaves the direction is theta_bar itself and the rate scales what is accumulated; its own gradient is then
+the loss tangent of the HVP. Any other rate reads the stored g_k. ``notes/sweep_check`` style mathematics: Finn et al. 2017; Pearlmutter 1994.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fastmaml.plan.differentiate import backward, forward
+from fastmaml.plan.groups import make_groups
+from fastmaml.plan.instructions import Buffer, Instruction, Operand, Phase, Plan, Reduction, Ref, Segment
+from fastmaml.plan.memory import assign_homes
+from fastmaml.plan.passes import Pass
+from fastmaml.program import CLASS_WEIGHT, Loss, Op, Program
+
+ENTRIES = ("train", "halves", "evaluate", "adapt", "predict")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """An inner learning rate: scalar (shape ()) or per element, one for all steps or one per step, fixed or learned."""
+
+    name: str
+    shape: tuple[int, ...] = ()
+    per_step: bool = False
+    learned: bool = False
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the segments are put together.
+
+    entry         train: loss and gradients | halves: the same around a torch outer loss | evaluate: no gradients | adapt: theta_K | predict: logits of theta
+    rates         the Rate of each adapted leaf, by name
+    query_from    None: the outer loss reads theta_K alone; k: it is the weighted sum of the losses of theta_k .. theta_K (multi-step loss)
+    record_masks  keep ReLU masks and pooling indices of every task, to replay them in float64
+    """
+
+    steps: int
+    loss: Loss = Loss()
+    rates: Mapping[str, Rate] = field(default_factory=dict)
+    first_order: bool = False
+    entry: str = "train"
+    query_from: int | None = None
+    memory: str = "constant"
+    record_masks: bool = False
+
+
+def build_plan(program: Program, arrangement: Arrangement) -> Plan:
+    """The Plan of one meta-iteration. Raises ValueError where no adapted leaf reaches the output."""
+    return _Sweep(program, arrangement).build()
+
+
+class _Sweep:
+    def __init__(self, program: Program, arrangement: Arrangement) -> None:
+        self.program, self.a, self.steps = program, arrangement, arrangement.steps
+        self.buffers: dict[str, Buffer] = {}
+        self.segments: dict[str, list[Instruction]] = {}
+        self.leaf_of = {leaf.value: leaf for leaf in program.leaves}
+        self.adapted = [leaf for leaf in program.leaves if leaf.role == "adapted"]
+        self.level = self._levels()
+        self.ops = {level: [op for op in program.ops if self.level[op.output] == level] for level in ("meta", "task", "step")}
+        self.trains = self.a.entry in ("train", "halves")
+        self.second_order = self.trains and not self.a.first_order and self.steps > 0
+        self.learned = sorted({r for leaf in self.adapted if (r := self.a.rates.get(leaf.name)) and r.learned}, key=lambda r: r.name)
+        rates = {self.a.rates.get(leaf.name) for leaf in self.adapted}
+        self.shared_rate = rates.pop() if len(rates) == 1 and next(iter(rates), None) and next(iter(rates)).shape == () else None
+        joint = any(op.name == "batchnorm" and op.attrs["statistics"] == "support" for op in program.ops)
+        self.outer_extent = "joint" if joint and self.a.entry != "predict" else "query"
+        self.accumulators: dict[int, Ref] = {}  # zeta_bar: cotangents of non-adapted values, summed over the steps
+        self.prefix: dict[str, Pass] = {}
+        self.results: dict[str, None] = {}
+
+    # ------------------------------------------------------------------------------------------------------- what depends on what
+    def _levels(self) -> dict[int, str]:
+        """"step" where an adapted leaf is involved, else "task" where samples (or leaves of a task) are, else "meta"."""
+        level = {self.program.input: "task"}
+        for leaf in self.program.leaves:
+            level[leaf.value] = "step" if leaf.role == "adapted" else leaf.home
+        rank = {"meta": 0, "task": 1, "step": 2}
+        for op in self.program.ops:
+            level[op.output] = max((level[v] for v in op.inputs if v is not None), key=rank.__getitem__)
+        if self.a.entry != "predict" and level[self.program.output] != "step":
+            raise ValueError("no adapted parameter reaches the model's output: nothing to adapt in the inner loop")
+        if self.a.entry == "predict":  # nothing is differentiated: everything runs in one pass
+            level |= {op.output: "step" for op in self.program.ops}
+        return level
+
+    def _differentiable(self) -> set[int]:
+        """Values that depend on a trained leaf."""
+        found = {leaf.value for leaf in self.program.leaves if leaf.role != "const"}
+        for op in self.program.ops:
+            if any(v in found for v in op.inputs):
+                found.add(op.output)
+        return found
+
+    def _consumed(self, ops: Iterable[Op], below: tuple[str, ...]) -> list[int]:
+        """Values of a lower level that ``ops`` read, in order of use."""
+        return list(dict.fromkeys(v for op in ops for v in op.inputs if v is not None and self.level[v] in below))
+
+    # ------------------------------------------------------------------------------------------------------- buffers
+    def _buffer(self, name: str, shape: tuple[int, ...] = (), rows: str | None = None, **kw) -> Ref:
+        self.buffers.setdefault(name, Buffer(name, shape, rows, **kw))
+        return Ref(name)
+
+    def _inputs(self) -> None:
+        extents = ["support"] * (self.steps > 0) + ["query"] * (self.a.entry != "adapt")
+        if self.outer_extent == "joint" and self.a.entry != "adapt":
+            extents = ["support", "query"]
+        shape = self.program.values[self.program.input].shape
+        target = self.program.values[self.program.output].shape if self.a.loss.name == "mse" else ()
+        for extent in extents:
+            self._buffer(f"x.{extent}", shape, extent, home="task")
+            if extent == "support" and self.steps or extent == "query" and self.a.entry in ("train", "evaluate"):
+                kind = "real" if self.a.loss.name == "mse" else "label"
+                self._buffer(f"y.{extent}", target, extent, kind=kind, home="task")
+        for leaf in self.program.leaves:
+            self._buffer(leaf.name, self.program.values[leaf.value].shape, home=leaf.home)
+        if self.a.loss.class_weight:
+            self._buffer(CLASS_WEIGHT, self.program.values[self.program.output].shape, home="meta")
+        for rate in {self.a.rates[leaf.name] for leaf in self.adapted} if self.steps else ():
+            self._buffer(rate.name, rate.shape, home="meta", steps=self.steps if rate.per_step else 0)
+        if self.a.query_from is not None:
+            self._buffer("step_weights", home="meta", steps=self.steps + 1)
+        self.inputs = tuple(self.buffers)
+        for leaf in self.adapted:
+            shape = self.program.values[leaf.value].shape
+            if self.steps:
+                self._buffer(f"theta.{leaf.name}", shape, home="run", steps=self.steps + 1, first=leaf.name)
+            if self.trains:
+                self._buffer(f"theta_bar.{leaf.name}", shape, home="run")
+
+    def _theta(self, name: str, shift: int = 0) -> Ref:
+        return Ref(f"theta.{name}", shift) if self.steps else Ref(name)
+
+    def _pass(self, name: str, ops: list[Op], extent: str) -> Pass:
+        p = Pass(name, self.program, ops, extent, self.buffers)
+        p.value[self.program.input] = Ref(f"x.{extent}")
+        for leaf in self.program.leaves:
+            p.value[leaf.value] = self._theta(leaf.name) if leaf.role == "adapted" else Ref(leaf.name)
+        if self.ops["meta"] and name != "meta":
+            p.value.update({op.output: self.meta.value[op.output] for op in self.ops["meta"]})
+        if extent in self.prefix and not name.startswith("prologue"):
+            p.value.update({op.output: self.prefix[extent].value[op.output] for op in self.ops["task"]})
+        return p
+
+    # ------------------------------------------------------------------------------------------------------- segments
+    def build(self) -> Plan:
+        self._inputs()
+        self._prologue()
+        if self.steps:
+            self._gradient()
+            self._update()
+        if self.a.entry == "adapt":
+            for leaf in self.adapted:
+                self._result(f"adapted.{leaf.name}", self.program.values[leaf.value].shape, "finish", self._theta(leaf.name))
+        elif self.a.entry == "halves":
+            self._query("query", gradients=False)
+            self._query("query_reverse", gradients=True)
+        else:
+            self._query("query", gradients=self.a.entry == "train")
+            if self.a.query_from is not None and self.steps:
+                self._query("query_step", gradients=self.trains)
+        if self.trains:
+            if self.second_order or (self.steps and self.learned):
+                self._reverse()
+            self._epilogue()
+        return self._assemble()
+
+    def _prologue(self) -> None:
+        self.meta = self._pass("meta", self.ops["meta"], "query")
+        forward(self.meta)
+        self.segments["prologue_meta"] = self._take(self.meta)
+        self.segments["prologue"] = []
+        if self.outer_extent == "joint" and self.a.entry != "adapt":
+            self._buffer("x.joint", self.program.values[self.program.input].shape, "joint", home="run")
+            join = Instruction("join_rows_fwd", (Ref("x.support"), Ref("x.query")), (Ref("x.joint"),))
+            self.segments["prologue"].append(join)
+        if self.ops["task"]:
+            extents = ["support"] * (self.steps > 0) + [self.outer_extent] * (self.a.entry != "adapt")
+            for extent in extents:
+                p = self._pass(f"prologue.{extent}", self.ops["task"], extent)
+                self.prefix[extent] = p
+                forward(p)
+                self.segments["prologue"] += self._take(p)
+        differentiable = self._differentiable()
+        self.zeta = [v for v in self._consumed(self.ops["step"], ("meta", "task")) if v in differentiable]
+
+    @staticmethod
+    def _take(p: Pass) -> list[Instruction]:
+        taken, p.instructions = p.instructions, []
+        return taken
+
+    def _class_weight(self) -> Operand:
+        return Ref(CLASS_WEIGHT) if self.a.loss.class_weight else None
+
+    def _loss_attrs(self) -> dict[str, object]:
+        loss = self.a.loss
+        attrs: dict[str, object] = {"reduction": loss.reduction}
+        return attrs if loss.name == "mse" else attrs | {"label_smoothing": loss.label_smoothing}
+
+    def _gradient(self) -> None:
+        p = self._pass("gradient", self.ops["step"], "support")
+        p.keep_steps = self.steps if self.second_order or self.a.record_masks else 0
+        p.keep_values = self.a.memory == "fast" and self.second_order
+        p.want(leaf.value for leaf in self.adapted)
+        forward(p)
+        logits = p.value[self.program.output]
+        loss = self._buffer("loss.support", home="task", steps=self.steps)
+        self.results["loss.support"] = None
+        operands = (logits, Ref("y.support"), self._class_weight())
+        p.emit(f"{self.a.loss.name}_fwd", operands, (loss, None), **self._loss_attrs())
+        p.add_bar(self.program.output, lambda d: p.emit(f"{self.a.loss.name}_bwd", (*operands, None), (d,), **self._loss_attrs()))
+        backward(p)
+        keep = self._keeps_gradient()
+        for leaf in self.adapted:
+            steps = self.steps if keep else 0
+            g = self._buffer(f"g.{leaf.name}", self.program.values[leaf.value].shape, home="run", steps=steps)
+            p.place(p.bar.get(leaf.value), g)
+        self.gradient = p
+        self.segments["gradient"] = self._take(p)
+
+    def _keeps_gradient(self) -> bool:
+        """g_k is kept only where a rate's gradient reads it."""
+        return self.trains and bool(self.learned) and not (self.shared_rate and self.second_order)
+
+    def _update(self) -> None:
+        update = []
+        for leaf in self.adapted:
+            inputs = (self._theta(leaf.name), Ref(f"g.{leaf.name}"), Ref(self.a.rates[leaf.name].name))
+            update.append(Instruction("sgd_fwd", inputs, (self._theta(leaf.name, 1),)))
+        self.segments["update"] = update
+
+    def _query(self, name: str, gradients: bool) -> None:
+        """The outer loss at one theta. "query" and "query_reverse" begin theta_bar and zeta_bar, "query_step" adds to them."""
+        p, extent = self._pass(name, self.ops["step"], self.outer_extent), self.outer_extent
+        p.keep_steps = self.steps + 1 if self.a.record_masks else 0
+        forward(p)
+        self._query_loss(p, name, gradients)
+        if gradients:
+            p.want([leaf.value for leaf in self.adapted] + self.zeta)
+            self._query_gradient(p, name)
+            for leaf in self.adapted:
+                self._begin_or_add(p, leaf.value, Ref(f"theta_bar.{leaf.name}"), begin=name != "query_step")
+            for v in self.zeta:
+                spec = self.program.values[v]
+                rows = extent if spec.rows else None
+                acc = self._buffer(self._zeta_name(v, extent), spec.shape, rows, home="run")
+                self.accumulators[v] = acc
+                self._begin_or_add(p, v, acc, begin=name != "query_step")
+                if spec.rows and self.second_order and extent != "support":  # the HVP reads the support rows' own prefix
+                    inner = self._buffer(self._zeta_name(v, "support"), spec.shape, "support", home="run")
+                    if name != "query_step":
+                        p.emit("zero_fwd", (), (inner,))
+        self.segments[name] = self._take(p)
+
+    def _zeta_name(self, v: int, extent: str) -> str:
+        leaf = self.leaf_of.get(v)
+        return f"zeta_bar.{leaf.name}" if leaf else f"zeta_bar.{v}.{extent}" if self.program.values[v].rows else f"zeta_bar.{v}"
+
+    @staticmethod
+    def _begin_or_add(p: Pass, v: int, acc: Ref, begin: bool) -> None:
+        if begin:
+            p.place(p.bar.get(v), acc)
+        elif v in p.bar:
+            p.emit("axpy_fwd", (acc, p.bar[v], None), (acc,), sign=1.0)
+
+    def _query_loss(self, p: Pass, name: str, gradients: bool) -> None:
+        """Brings the logits of the query rows out, and the loss where it is one of ours."""
+        spec, logits = self.program.values[self.program.output], p.value[self.program.output]
+        if self.outer_extent == "joint":
+            self.query_logits = self._buffer(f"{name}.logits", spec.shape, "query")
+            p.emit("query_rows_fwd", (logits,), (self.query_logits,))
+        else:
+            self.query_logits = logits
+        if name == "query":
+            out = self._buffer("logits", spec.shape, "query", home="task")
+            self.results["logits"] = None
+            p.emit("copy_fwd", (self.query_logits,), (out,))
+        if self.a.entry in ("train", "evaluate"):
+            steps = self.steps + 1 if self.a.query_from is not None else 0
+            loss, correct = self._buffer("loss.query", home="task", steps=steps), None
+            self.results["loss.query"] = None
+            if self.a.loss.name == "cross_entropy" and name == "query":
+                correct = self._buffer("correct", home="task")
+                self.results["correct"] = None
+            operands = (self.query_logits, Ref("y.query"), self._class_weight())
+            p.emit(f"{self.a.loss.name}_fwd", operands, (loss, correct), **self._loss_attrs())
+
+    def _query_gradient(self, p: Pass, name: str) -> None:
+        spec = self.program.values[self.program.output]
+        if name == "query_reverse":
+            dlogits = self._buffer("dlogits", spec.shape, "query", home="task")
+            self.inputs += ("dlogits",)
+        else:
+            dlogits = self._buffer(f"{name}.dlogits", spec.shape, "query")
+            scale = Ref("step_weights") if self.a.query_from is not None else None
+            operands = (self.query_logits, Ref("y.query"), self._class_weight(), scale)
+            p.emit(f"{self.a.loss.name}_bwd", operands, (dlogits,), **self._loss_attrs())
+        if self.outer_extent == "joint":
+            p.add_bar(self.program.output, lambda d: p.emit("query_rows_bwd", (dlogits,), (d,)))
+        else:
+            p.bar[self.program.output] = dlogits
+        backward(p)
+
+    # ------------------------------------------------------------------------------------------------------- back over the steps
+    def _reverse(self) -> None:
+        """update_bwd and hvp: one step back, from theta_bar_{k+1} to theta_bar_k."""
+        update_bwd, direction = [], {}
+        for leaf in self.adapted:
+            theta_bar, rate = Ref(f"theta_bar.{leaf.name}"), Ref(self.a.rates[leaf.name].name)
+            if self.shared_rate:
+                direction[leaf.value] = theta_bar
+            elif self.second_order:
+                direction[leaf.value] = u = self._buffer(f"u.{leaf.name}", self.program.values[leaf.value].shape, home="run")
+                update_bwd.append(Instruction("sgd_bwd", (theta_bar, rate), (u,)))
+        if self._keeps_gradient():
+            update_bwd += self._rate_gradients()
+        self.segments["update_bwd"] = update_bwd
+        if self.second_order:
+            self._hvp(direction)
+
+    def _rate_bar(self, rate: Rate) -> Ref:
+        return self._buffer(f"rate_bar.{rate.name}", rate.shape, home="run", steps=self.steps if rate.per_step else 0)
+
+    def _rate_gradients(self) -> list[Instruction]:
+        """rate_bar_k += -theta_bar_{k+1} * g_k, elementwise or as a dot product."""
+        out, begun = [], set()
+        for leaf in self.adapted:
+            rate = self.a.rates[leaf.name]
+            if rate.learned:
+                operands = (Ref(f"theta_bar.{leaf.name}"), Ref(f"g.{leaf.name}"))
+                acc, attrs = self._rate_bar(rate), {"per_element": rate.shape != ()}
+                if rate.per_step and rate not in begun:  # a slot of its own: nothing to add to
+                    out.append(Instruction("sgd_bwd_rate", (*operands, None), (acc,), attrs))
+                else:
+                    out.append(Instruction("sgd_bwd_rate", (*operands, acc), (acc,), attrs))
+                begun.add(rate)
+        return out
+
+    def _hvp(self, direction: dict[int, Ref]) -> None:
+        g = self.gradient
+        p = self._pass("hvp", self.ops["step"], "support")
+        p.saved = {key: ref for key, ref in g.saved.items() if key[1] != "graph"}
+        if self.a.memory == "fast":
+            p.value |= g.value
+            p.bar, p.bar_sums, p.bars_given = dict(g.bar), dict(g.bar_sums), True
+        p.dot = dict(direction)
+        p.want([leaf.value for leaf in self.adapted] + self.zeta)
+        forward(p)
+        self._hvp_loss(p)
+        backward(p, tangents=True)
+        scale = Ref(self.shared_rate.name) if self.shared_rate else None
+        sign = -1.0 if scale else 1.0
+        for leaf in self.adapted:
+            if leaf.value in p.bar_dot:
+                acc = Ref(f"theta_bar.{leaf.name}")
+                p.emit("axpy_fwd", (acc, p.bar_dot[leaf.value], scale), (acc,), sign=sign)
+        for v in self.zeta:
+            if v in p.bar_dot:
+                acc = Ref(self._zeta_name(v, "support"))
+                p.emit("axpy_fwd", (acc, p.bar_dot[v], scale), (acc,), sign=sign)
+        self.segments["hvp"] = order(self._take(p))
+
+    def _hvp_loss(self, p: Pass) -> None:
+        out, name = self.program.output, self.a.loss.name
+        operands = (p.value[out], Ref("y.support"), self._class_weight())
+        if self.shared_rate and self.shared_rate.learned:  # d loss / d rate_k = -(loss tangent in direction theta_bar)
+            rate_bar = self._rate_bar(self.shared_rate)
+            tangent = p.new("tloss", (), False)
+            p.emit(f"{name}_jvp", (*operands, p.dot[out]), (tangent,), **self._loss_attrs())
+            if self.shared_rate.per_step:
+                p.emit("scale_fwd", (tangent, None), (rate_bar,), sign=-1.0)
+            else:
+                p.emit("axpy_fwd", (rate_bar, tangent, None), (rate_bar,), sign=-1.0)
+        if not p.bars_given:
+            given = p.bar.get(out)  # a module's jvp has made room for it
+            d = given or p.like("d", out)
+            p.emit(f"{name}_bwd", (*operands, None), (d,), **self._loss_attrs())
+            p.bar[out] = d
+        p.add_bar(out, lambda d: p.emit(f"{name}_bwd_jvp", (*operands, p.dot[out]), (d,), **self._loss_attrs()), dot=True)
+
+    # ------------------------------------------------------------------------------------------------------- out
+    def _epilogue(self) -> None:
+        """Reverse of the frozen layers, then the sums over tasks, then the reverse of the weight expressions."""
+        contributions: dict[int, list[Ref]] = {}
+        differentiable = self._differentiable()
+        for v, acc in self.accumulators.items():
+            if self.level[v] == "meta":
+                contributions.setdefault(v, []).append(acc)
+        epilogue: list[Instruction] = []
+        for extent, p in self.prefix.items():
+            targets = [v for v in self._consumed(self.ops["task"], ("meta",)) if v in differentiable]
+            p.want(targets)
+            for v in self.zeta:
+                name = self._zeta_name(v, extent)
+                if self.level[v] == "task" and self.program.values[v].rows and name in self.buffers:
+                    p.bar[v] = Ref(name)
+            backward(p)
+            for v in targets:
+                if v in p.bar:
+                    contributions.setdefault(v, []).append(p.bar[v])
+            epilogue += self._take(p)
+        sources = {}
+        for v, refs in contributions.items():
+            total = refs[0]
+            for i, ref in enumerate(refs[1:]):
+                shape = self.program.values[v].shape
+                added = self._buffer(f"epilogue.sum{i}.{v}", shape, home="run")
+                epilogue.append(Instruction("add_fwd", (total, ref), (added,)))
+                total = added
+            self.buffers[total.buffer] = _at_home(self.buffers[total.buffer], "run")
+            sources[v] = total
+        self.segments["epilogue"] = epilogue
+        self._reduce(sources)
+
+    def _reduce(self, sources: dict[int, Ref]) -> None:
+        self.reductions: list[Reduction] = []
+        meta = self.meta
+        meta.want([leaf.value for leaf in self.program.leaves if leaf.role == "outer" and leaf.home == "meta"])
+        for leaf in self.adapted:
+            sources[leaf.value] = Ref(f"theta_bar.{leaf.name}")
+        for v, source in sources.items():
+            shape, leaf = self.program.values[v].shape, self.leaf_of.get(v)
+            if leaf and leaf.home == "task":
+                self._result(f"grad.{leaf.name}", shape, "finish", source)
+                continue
+            tied = any(v in op.inputs for op in self.ops["meta"])  # also read by an expression: the parts are added below
+            name = f"grad.{leaf.name}" if leaf and not tied else f"sum.{v}"
+            self._buffer(name, shape, home="meta")
+            self.reductions.append(Reduction(source, name))
+            meta.bar[v] = Ref(name)
+        backward(meta)
+        for leaf in self.program.leaves:
+            name = f"grad.{leaf.name}"
+            if leaf.role != "const" and leaf.value in meta.bar:
+                if name not in self.buffers:
+                    self._buffer(name, self.program.values[leaf.value].shape, home="meta")
+                    meta.place(meta.bar[leaf.value], Ref(name))
+                self.results[name] = None
+        self.segments["epilogue_meta"] = self._take(meta)
+        for rate in self.learned:
+            acc = self._rate_bar(rate) if self.steps else None
+            if acc is not None:
+                name = f"grad.{rate.name}"
+                self._buffer(name, rate.shape, home="meta", steps=self.steps if rate.per_step else 0)
+                self.reductions.append(Reduction(acc, name))
+                self.results[name] = None
+                if not rate.per_step:
+                    first = "query" if self.a.entry == "train" else "query_reverse"
+                    self.segments[first].append(Instruction("zero_fwd", (), (acc,)))
+
+    def _result(self, name: str, shape: tuple[int, ...], segment: str, source: Ref) -> None:
+        """A per-task result that leaves through a copy."""
+        out = self._buffer(name, shape, home="task")
+        self.results[name] = None
+        self.segments.setdefault(segment, []).append(Instruction("copy_fwd", (source,), (out,)))
+
+    def _schedule(self) -> list[Phase]:
+        k, first = self.steps, self.a.query_from
+        half = 1 if self.a.entry == "halves" else 0
+        back = ("update_bwd", "hvp")
+        phases = [Phase(("prologue_meta",), "meta"), Phase(("prologue",)), Phase(("gradient", "update"), start=0, stop=k)]
+        phases.append(Phase(("query",), start=k, stop=k + 1))
+        phases.append(Phase(("query_reverse",), start=k, stop=k + 1, half=half))
+        if first is None:
+            phases.append(Phase(back, start=k - 1, stop=-1, stride=-1, half=half))
+        else:  # at each step back the query loss of theta_k joins in
+            phases.append(Phase((*back, "query_step"), start=k - 1, stop=first - 1, stride=-1, half=half))
+            phases.append(Phase(back, start=min(first, k) - 1, stop=-1, stride=-1, half=half))
+        phases.append(Phase(("epilogue",), half=half))
+        phases.append(Phase(("finish",), start=k, stop=k + 1, half=half))
+        phases.append(Phase(("epilogue_meta",), "meta", half=half))
+        return phases
+
+    def _assemble(self) -> Plan:
+        results = list(self.results)
+        if self.a.record_masks:
+            results += [b.name for b in self.buffers.values() if b.kind in ("mask", "index") and not b.name.startswith("hvp.")]
+        reductions = tuple(getattr(self, "reductions", ()))
+        self.segments = live(self.segments, results, reductions)
+        schedule = []
+        for phase in self._schedule():
+            names = tuple(name for name in phase.segments if self.segments.get(name))
+            if names and len(phase.steps()):
+                schedule.append(Phase(names, phase.scope, phase.start, phase.stop, phase.stride, phase.half))
+        scheduled = {name for phase in schedule for name in phase.segments}
+        segments = {
+            name: Segment(name, make_groups(instructions, self.buffers))
+            for name, instructions in self.segments.items()
+            if name in scheduled
+        }
+        used = {ref.buffer for s in segments.values() for i in s.instructions for ref in (*i.reads(), *i.writes())}
+        used |= {b.first for b in self.buffers.values() if b.name in used and b.first}
+        used |= {name for r in reductions for name in (r.source.buffer, r.target)}
+        results = [name for name in results if name in used]
+        buffers = {name: b for name, b in self.buffers.items() if name in used}
+        buffers = assign_homes(buffers, segments, schedule, results)
+        inputs = tuple(name for name in self.inputs if name in used)
+        entries = 2 if self.a.entry == "halves" else 1
+        return Plan(self.a.entry, self.steps, buffers, segments, tuple(schedule), reductions, tuple(results), inputs, entries)
+
+
+def _at_home(buffer: Buffer, home: str) -> Buffer:
+    return buffer if buffer.home else Buffer(buffer.name, buffer.shape, buffer.rows, buffer.kind, home, buffer.steps, buffer.first)
+
+
+def live(
+    segments: Mapping[str, list[Instruction]], results: Iterable[str], reductions: Iterable[Reduction]
+) -> dict[str, list[Instruction]]:
+    """Without the instructions, and the outputs of instructions, that nobody reads."""
+    needed = set(results) | {r.source.buffer for r in reductions}
+    everything = [instr for instructions in segments.values() for instr in instructions]
+    grew, alive = True, set()
+    while grew:
+        grew = False
+        for i, instr in reversed(list(enumerate(everything))):
+            if i not in alive and any(ref.buffer in needed for ref in instr.writes()):
+                alive.add(i)
+                needed.update(ref.buffer for ref in instr.reads())
+                grew = True
+    kept = {id(everything[i]) for i in alive}
+
+    def trim(instr: Instruction) -> Instruction:
+        outputs = tuple(ref if ref is not None and ref.buffer in needed else None for ref in instr.outputs)
+        return instr if outputs == instr.outputs else Instruction(instr.kernel, instr.inputs, outputs, instr.attrs)
+
+    return {name: [trim(i) for i in instructions if id(i) in kept] for name, instructions in segments.items()}
+
+
+def order(instructions: list[Instruction]) -> list[Instruction]:
+    """Moves an instruction behind the ones whose outputs it reads (a module's jvp reads the loss's gradient), otherwise keeping the order.
+
+    Buffers that are updated in place (an output that is also an input) are left where they stand."""
+    writer: dict[Ref, int] = {}
+    for i, instr in enumerate(instructions):
+        for ref in instr.writes():
+            if ref not in instr.inputs:
+                writer[ref] = i
+    done: set[int] = set()
+    out: list[Instruction] = []
+
+    def visit(i: int) -> None:
+        if i in done:
+            return
+        done.add(i)
+        for ref in instructions[i].reads():
+            if ref in writer:
+                visit(writer[ref])
+        out.append(instructions[i])
+
+    for i in range(len(instructions)):
+        visit(i)
+    return out
+
+

@@ -1,0 +1,76 @@
+"""The forward of a Program with plain torch functions: a second, independent reading of what the ops mean."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmaml.program import Op, Program
+
+
+def evaluate(program: Program, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """The output of ``program`` for samples ``x`` [n, ...]; ``tensors`` by leaf name."""
+    values: dict[int, Tensor] = {program.input: x}
+    values |= {leaf.value: tensors[leaf.name] for leaf in program.leaves}
+    for op in program.ops:
+        values[op.output] = _forward(op, [None if v is None else values[v] for v in op.inputs], program)
+        declared = program.values[op.output]
+        shape = tuple(values[op.output].shape)
+        assert (shape[1:] if declared.rows else shape) == declared.shape, f"{op.name}: {shape} is not {declared}"
+    return values[program.output]
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _forward(op: Op, inputs: list[Tensor | None], program: Program) -> Tensor:
+    x, *rest = inputs
+    a = op.attrs
+    match op.name:
+        case "linear":
+            return F.linear(x, *rest)
+        case "conv2d":
+            return F.conv2d(_pad(x, a["padding"]), *rest, stride=a["stride"])
+        case "batchnorm":
+            gamma, beta, mean, var = rest
+            running = a["statistics"] == "running"
+            return F.batch_norm(x, mean, var, gamma, beta, training=not running, eps=a["eps"])
+        case "layernorm":
+            return F.layer_norm(x, x.shape[-a["dims"] :], *rest, eps=a["eps"])
+        case "groupnorm":
+            return F.group_norm(x, a["groups"], *rest, eps=a["eps"])
+        case "relu" | "tanh" | "sigmoid" | "exp":
+            return getattr(torch, op.name)(x)
+        case "leaky_relu":
+            return F.leaky_relu(x, a["slope"])
+        case "silu" | "elu" | "gelu" | "softplus":
+            return getattr(F, op.name)(x, **a)
+        case "maxpool2d":
+            return F.max_pool2d(x, a["kernel"], a["stride"], a["padding"])
+        case "avgpool2d":
+            return F.avg_pool2d(x, a["kernel"], a["stride"], a["padding"], count_include_pad=a["count_include_pad"])
+        case "global_avgpool2d":
+            return x.mean((2, 3))
+        case "pad2d":
+            return _pad(x, a["padding"])
+        case "reshape":
+            rows = program.values[op.output].rows
+            return x.reshape(*([len(x)] if rows else []), *a["shape"])
+        case "add":
+            return x + rest[0]
+        case "mul":
+            return x * rest[0]
+        case "matmul":
+            return x @ rest[0]
+        case "transpose":
+            return x.mT
+        case "slice":
+            return x.narrow(a["dim"], a["start"], a["stop"] - a["start"])
+    raise NotImplementedError(op.name)
+
+
+def _pad(x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    top, bottom, left, right = padding
+    return F.pad(x, (left, right, top, bottom))
