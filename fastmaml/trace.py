@@ -13,6 +13,8 @@ network, and a module whose Program depends on the number is refused.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -64,8 +66,10 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, batchnorm: str | No
         raise ValueError(f"batchnorm={batchnorm!r} is not one of {', '.join(map(repr, BATCHNORM))}, or None")
     names = {id(module): name for name, module in model.named_modules()}
     _refuse_wrapped_layers(model)
-    program = _record(model, tuple(input_shape), _SAMPLES, batchnorm, names)
-    if program != _record(model, tuple(input_shape), _other_count(program), batchnorm, names):
+    with _unchanged(model):
+        program = _record(model, tuple(input_shape), _SAMPLES, batchnorm, names)
+        again = _record(model, tuple(input_shape), _other_count(program), batchnorm, names)
+    if program != again:
         raise TraceError(
             "", type(model).__name__, "what its forward computes depends on the number of samples, or on chance"
         )
@@ -88,8 +92,28 @@ def _record(
         raise TraceError(*_innermost(model, error.__traceback__, names), str(error)) from error
     except Exception as error:
         layer, kind = _innermost(model, error.__traceback__, names)
-        raise TraceError(layer, kind, f"its forward raised {type(error).__name__}: {error}") from error
+        first_line = str(error).partition("\n")[0]
+        raise TraceError(layer, kind, f"its forward raised {type(error).__name__}: {first_line}") from error
     return recorder.builder.build(output.value)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undoes what forward assigns to attributes (a cached activation would be a tensor without data)."""
+    before = [
+        (members, dict(members))
+        for module in model.modules()
+        for members in (vars(module), module._buffers, module._parameters, module._modules)
+    ]
+    try:
+        yield
+    finally:
+        for now, then in before:
+            for name in [name for name, value in now.items() if name not in then or value is not then[name]]:
+                if name in then:
+                    now[name] = then[name]
+                else:
+                    del now[name]
 
 
 def _constants(model: nn.Module) -> tuple[list[Any], dict[str, Any]]:
@@ -122,34 +146,21 @@ def _other_count(program: Program) -> int:
 
 
 def _refuse_wrapped_layers(model: nn.Module) -> None:
-    """Code that runs around a layer's forward and that the user may change or that acts in the backward pass."""
-    if any(
-        (
-            nn_module._global_forward_hooks,
-            nn_module._global_forward_pre_hooks,
-            nn_module._global_backward_hooks,
-            nn_module._global_backward_pre_hooks,
-        )
-    ):
-        raise TraceError(
-            "",
-            type(model).__name__,
-            "global module hooks are registered (torch.nn.modules.module.register_module_*_hook)",
-        )
+    """Code that runs around a layer's forward, and that the user may change or that acts in the backward pass."""
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    if any(getattr(nn_module, f"_global_{kind}_hooks") for kind in kinds):
+        reason = "global module hooks are registered (torch.nn.modules.module.register_module_*_hook)"
+        raise TraceError("", type(model).__name__, reason)
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        reason = None
         if isinstance(module, torch.jit.ScriptModule):
-            raise TraceError(name, kind, "a scripted module hides its forward; pass the module it was made from")
-        if parametrize.is_parametrized(module):
-            raise TraceError(
-                name,
-                kind,
-                f"it has parametrizations on {', '.join(module.parametrizations)} (torch.nn.utils.parametrize)",
-            )
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            if getattr(module, hooks):
-                hook = next(iter(getattr(module, hooks).values()))
-                label = getattr(hook, "__qualname__", type(hook).__name__)
-                raise TraceError(
-                    name, kind, f"it has a {hooks.strip('_').replace('_', ' ').removesuffix('s')} ({label})"
-                )
+            reason = "a scripted module hides its forward; pass the module it was made from"
+        elif parametrize.is_parametrized(module):
+            reason = f"it has parametrizations on {', '.join(module.parametrizations)} (torch.nn.utils.parametrize)"
+        else:
+            for kind in kinds:
+                for hook in getattr(module, f"_{kind}_hooks").values():
+                    label = getattr(hook, "__qualname__", type(hook).__name__)
+                    reason = f"it has a {kind.replace('_', ' ')} hook ({label})"
+        if reason is not None:
+            raise TraceError(name, type(module).__name__, reason)

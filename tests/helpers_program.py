@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmaml.program import Op, Program
+from fastmaml.trace import trace
 
 
 def evaluate(program: Program, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
@@ -74,3 +78,43 @@ def _forward(op: Op, inputs: list[Tensor | None], program: Program) -> Tensor:
 def _pad(x: Tensor, padding: tuple[int, ...]) -> Tensor:
     top, bottom, left, right = padding
     return F.pad(x, (left, right, top, bottom))
+
+
+class Fn(nn.Module):
+    """A forward given as a function of (module, x); keyword arguments become parameters, buffers or submodules."""
+
+    def __init__(self, function: Callable, **members: object) -> None:
+        super().__init__()
+        self.function = function
+        for name, member in members.items():
+            if isinstance(member, tuple):  # the shape of a parameter
+                member = nn.Parameter(torch.randn(*member))
+            if type(member) is Tensor:
+                self.register_buffer(name, member)
+            else:
+                setattr(self, name, member)
+
+    def forward(self, x: Tensor, scale: float | None = None, flag: bool = True) -> Tensor:
+        return self.function(self, x)
+
+
+def agrees(model: nn.Module, shape: tuple[int, ...], samples: int = 6, **options: object) -> Program:
+    """Traces ``model`` and compares the Program's forward with the model's own, in float64."""
+    model.double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # gamma=1, beta=0 would hide an operand in the wrong place
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    program = trace(model, shape, **options)
+    x = torch.randn(samples, *shape, dtype=torch.float64)
+    got = evaluate(program, x, tensors_of(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: padding="same" with even kernels copies
+        expected = model(x)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    return program
+
+
+def op_names(program: Program) -> list[str]:
+    return [op.name for op in program.ops]

@@ -62,8 +62,8 @@ static inline vec vexp(vec x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p, r * r, r + splat(1.f));
-    ivec e = (__builtin_convertvector(n, ivec) + isplat(127)) << 23;
-    vec y = p * (vec)e;
+    ivec whole = __builtin_convertvector(n, ivec), half = whole >> 1;  // in two factors: 2^128 is no float
+    vec y = p * (vec)((half + isplat(127)) << 23) * (vec)((whole - half + isplat(127)) << 23);
     y = select(overflow, splat(__builtin_inff()), select(underflow, vec{}, y));
     return select(nan, x, y);
 }

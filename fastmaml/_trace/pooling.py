@@ -96,19 +96,12 @@ def mean(
     """Over trailing axes of the sample, or over H or W alone (``x.mean(3).mean(2)``)."""
     x = rows_of(r, input, "mean")
     full = r.full_shape(x)
-    dims = (
-        dims_of(
-            axis if dim is None and axis is not None else range(len(full)) if dim in (None, (), []) else dim, len(full)
-        )
-        if full
-        else []
-    )
+    axes = axis if dim is None else dim
+    dims = list(range(len(full))) if axes in (None, (), []) else dims_of(axes, len(full))
     if 0 in dims:
         raise Refusal("a mean over the samples")
     if not (dims == list(range(dims[0], len(full))) or (len(full) == 4 and dims == [2])):
-        raise Refusal(
-            f"mean over axes {dims} of a tensor with {len(full)} axes: only trailing axes, or H and W, are supported"
-        )
+        raise Refusal(f"mean over axes {dims} of {len(full)}: only trailing axes, or H and W, are supported")
     kept = [1 if i in dims else size for i, size in enumerate(full)]
     if not (keepdim or keepdims):
         kept = [size for i, size in enumerate(full) if i not in dims]
@@ -119,16 +112,21 @@ def _mean_value(r: Recorder, x: int, dims: list[int]) -> int:
     shape = r.shape(x)
     if len(shape) == 3 and len(dims) == 1 and dims[0] > 1:
         return _average(r, x, (shape[1], 1) if dims == [2] else (1, shape[2]))
-    first = without_reshape(r, x)
-    made = r.producer(first)
-    if len(shape) == 2 and dims == [2] and made is not None and made.name == "avgpool2d":
-        image = made.inputs[0]
-        if (
-            made.attrs["kernel"] in ((r.shape(image)[1], 1), (1, r.shape(image)[2]))
-            and made.attrs["kernel"] == made.attrs["stride"]
-        ):
-            return r.op("global_avgpool2d", image)  # the second of two means over one axis each
+    if len(shape) == 2 and dims == [2]:
+        image = _averaged_image(r, x)
+        if image is not None:
+            return r.op("global_avgpool2d", image)
     if not (len(shape) == 3 and dims == [2, 3]):
         lead = math.prod(shape[: dims[0] - 1])
         x = reshaped(r, x, (r.samples, lead, math.prod(shape[dims[0] - 1 :]), 1))
     return r.op("global_avgpool2d", x)
+
+
+def _averaged_image(r: Recorder, x: int) -> int | None:
+    """The image [c, h, w] of which ``x`` [c, h] or [c, w] is the mean over one axis, if it is such a mean."""
+    made = r.producer(without_reshape(r, x))
+    if made is None or made.name != "avgpool2d" or made.attrs["kernel"] != made.attrs["stride"]:
+        return None
+    c, h, w = r.shape(made.inputs[0])
+    kept = {(1, w): (c, h), (h, 1): (c, w)}.get(made.attrs["kernel"])
+    return made.inputs[0] if kept == r.shape(x) else None

@@ -47,15 +47,13 @@ class Missing:
     def __init__(self, name: str) -> None:
         object.__setattr__(self, "_name", name)
 
-    def _used(self, *args: Any, **kwargs: Any) -> Any:
+    def __getattr__(self, *args: Any, **kwargs: Any) -> Any:
         name = object.__getattribute__(self, "_name")
         raise Refusal(f"forward uses its argument {name!r}, which has no default to take as a constant")
 
-    __getattr__ = __bool__ = __index__ = __int__ = __float__ = __len__ = __iter__ = __getitem__ = __call__ = _used
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = (
-        __mod__
-    ) = __contains__ = _used
-    __hash__ = object.__hash__
+    __bool__ = __index__ = __int__ = __float__ = __len__ = __iter__ = __contains__ = __getitem__ = __getattr__
+    __call__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __getattr__
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __truediv__ = __neg__ = __getattr__
 
 
 class Recorder(TorchFunctionMode):
@@ -71,8 +69,12 @@ class Recorder(TorchFunctionMode):
         for name, parameter in model.named_parameters():
             role = "outer" if parameter.requires_grad else "const"
             self._leaves[id(parameter)] = self.builder.leaf(name, tuple(parameter.shape), role)
-        norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        self.layer_statistics = {id(norm.running_mean) for norm in norms if norm.running_mean is not None}
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [norm for norm in norms if norm.running_mean is not None]
+        self.layer_statistics = {id(norm.running_mean) for norm in norms}
+        # BatchNorm counts its batches in forward; it shall count copies
+        counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+        self._counters = {id(counter): counter.clone() for counter in counters}
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self.dtype, self.device = like.dtype, like.device
         self.input = self._track(self.builder.input, Memory(is_input=True))
@@ -87,17 +89,14 @@ class Recorder(TorchFunctionMode):
         elif name in QUERIES:
             return func(*args, **kwargs)
         elif name in ("__repr__", "__format__", "__str__") and isinstance(args[0], Tracked):
-            return (
-                f"<traced tensor {['n', *args[0].shape[1:]] if self.is_rows(args[0].value) else list(args[0].shape)}>"
-            )
+            return f"<traced tensor {self.builder.values[args[0].value]}>"
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-        in_place = (
-            bool(kwargs.pop("inplace", False))
-            or name in ("__iadd__", "__imul__")
-            or (name.endswith("_") and not name.endswith("__"))
-        )
-        if in_place and tensors and id(tensors[0]) in self._buffers and not tensors[0].is_floating_point():
-            return tensors[0]  # BatchNorm counts its batches: running statistics are never updated
+        if tensors and id(tensors[0]) in self._counters:
+            counter = self._counters[id(tensors[0])]
+            result = func(counter, *args[1:], **kwargs)
+            return args[0] if result is counter else result
+        in_place = bool(kwargs.pop("inplace", False)) or name in ("__iadd__", "__imul__")
+        in_place = in_place or (name.endswith("_") and not name.endswith("__"))
         bind = rule_of(name)
         if bind is None:
             raise Refusal(refusal_of(name))
@@ -131,7 +130,7 @@ class Recorder(TorchFunctionMode):
         target.value = value
         return target
 
-    # what the rules of _trace_ops.py use
+    # what the rules use
 
     def use(self, tensor: Any) -> int:
         """The value of an operand: a traced tensor, a parameter or a buffer."""
@@ -147,9 +146,7 @@ class Recorder(TorchFunctionMode):
             return self._leaves[id(tensor)]
         if isinstance(tensor, torch.Tensor):
             what = f"a tensor {list(tensor.shape)} of {tensor.dtype}"
-            raise Refusal(
-                f"it uses {what} that is no parameter or floating-point buffer of the model (register_buffer)"
-            )
+            raise Refusal(f"{what} is no parameter or floating-point buffer of the model (register_buffer)")
         raise Refusal(f"{tensor!r} as an operand: operands are samples, parameters and buffers")
 
     def op(self, name: str, *inputs: int | None, **attrs: Any) -> int:

@@ -19,7 +19,9 @@ class Call:
     rates         inner rates, [steps, ...] where they have a step axis
     weights       other run-time numbers (step_weights, class weights)
     task_weights  [tasks] float64 on the CPU, or None for 1 / tasks each; ``total``: plain sums (a torch outer loss carries its own)
-    replay        discrete decisions to take from another run: (buffer, step) -> one tensor per task
+    replay        discrete decisions to take from another run: (buffer, step) -> one tensor per task (the torch executor)
+    record        bring the discrete decisions out (Plans with record_masks)
+    sinks         gradients are ADDED to these contiguous float32 tensors, by result name, instead of being returned (the cpu executor)
     """
 
     batch: TaskBatch
@@ -29,6 +31,8 @@ class Call:
     task_weights: Tensor | None = None
     total: bool = False
     replay: Mapping[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    record: bool = False
+    sinks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def task_weight(self, t: int) -> float:
         if self.task_weights is not None:

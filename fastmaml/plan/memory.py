@@ -18,18 +18,21 @@ def assign_homes(
     scope = {name: phase.scope for phase in schedule for name in phase.segments}
     half = {name: phase.half for phase in schedule for name in phase.segments}
     used: dict[str, set[tuple[str, int]]] = {name: set() for name in buffers}
+    made_once = set()
     for name, segment in segments.items():
         for g, group in enumerate(segment.groups):
             for instr in group.instructions:
                 for ref in (*instr.reads(), *instr.writes()):
                     used[ref.buffer].add((name, g))
+                if scope[name] == "meta":
+                    made_once.update(ref.buffer for ref in instr.writes())
     kept = set(results)
     out = {}
     for name, buffer in buffers.items():
         places = used[name]
         home = buffer.home
-        if places and all(scope[segment] == "meta" for segment, _ in places):
-            home = home or "meta"
+        if name in made_once:
+            home = "meta"
         if not home:
             whole = len({segment for segment, _ in places}) == 1
             home = "block" if len(places) == 1 and buffer.rows else "scratch" if whole else "run"

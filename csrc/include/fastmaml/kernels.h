@@ -69,7 +69,7 @@ using Kernel = void (*)(const Call&);
     K(cross_entropy_jvp)     /* z, label, weight?, zt, losst:      <dz, zt> */ \
     K(cross_entropy_bwd_jvp) /* z, label, weight?, zt, dzt:        (sum q) p (zt - <p, zt>) / normaliser */ \
     K(mse_fwd) K(mse_bwd) K(mse_jvp) K(mse_bwd_jvp)  /* the same operands with a float target; sum (z - target)^2 / normaliser */ \
-    /* whole arrays: sizes {floats}; numbers {sign} */ \
+    /* whole arrays: sizes {floats, axpy and scale: 1 for a scalar}; numbers {sign} */ \
     K(sgd_fwd)               /* theta, g, rate, theta_next; sizes {floats, 1 for a rate per element}: theta - rate g */ \
     K(sgd_bwd)               /* theta_bar, rate, u:                -rate theta_bar */ \
     K(sgd_bwd_rate)          /* theta_bar, g, acc?, out:           acc - theta_bar g, summed where the rate is scalar */ \

@@ -80,12 +80,17 @@ struct Reduction {
     int64_t offset = 0;  // of this reduction in a chunk's accumulator, floats
 };
 
+struct Scalars {  // slots [begin, end) of a scalar per task
+    Operand at;
+    int64_t begin = 0, end = 1;
+};
+
 struct Plan {
     std::vector<Phase> phases;
     std::vector<TaskBuffer> task_buffers;
     std::vector<Port> inputs, outputs;
     std::vector<Reduction> reductions;
-    std::vector<Operand> checked;    // scalars that must be finite: the losses of every step
+    std::vector<Scalars> checked;  // must be finite: the losses of every step
     int64_t meta_bytes = 0, run_bytes = 0, accumulator_floats = 0;
     int32_t halves = 1;
 };

@@ -1,0 +1,247 @@
+// fastmaml._cpu: the only file that knows Python. Pointers come as integers, the Plan as flat lists of numbers (see executors/cpu_lowering.py).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <stdexcept>
+
+#include "executor.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+using fastmaml::Home;
+using fastmaml::Rows;
+
+namespace {
+
+class Reader {  // a list of integers, read in order
+   public:
+    explicit Reader(const std::vector<int64_t>& words) : words_(words) {}
+    int64_t next() {
+        if (at_ >= words_.size()) throw std::runtime_error("fastmaml._cpu: a Plan ended too early");
+        return words_[at_++];
+    }
+    int count(int most = 1 << 20) {
+        const int64_t n = next();
+        if (n < 0 || n > most) throw std::runtime_error("fastmaml._cpu: a Plan has a count of " + std::to_string(n));
+        return static_cast<int>(n);
+    }
+    bool done() const { return at_ == words_.size(); }
+
+   private:
+    const std::vector<int64_t>& words_;
+    size_t at_ = 0;
+};
+
+fastmaml::Operand read_operand(Reader& in) {
+    fastmaml::Operand o;
+    o.present = in.next();
+    if (!o.present) return o;
+    o.block = in.next();
+    o.home = static_cast<Home>(in.next());
+    o.rows = static_cast<Rows>(in.next());
+    o.task_buffer = in.next();
+    o.shift = in.next();
+    o.offset = in.next();
+    o.step_stride = in.next();
+    o.row_stride = in.next();
+    o.has_first = in.next();
+    if (o.has_first) {
+        o.first_home = static_cast<Home>(in.next());
+        o.first_task_buffer = in.next();
+        o.first_offset = in.next();
+    }
+    return o;
+}
+
+fastmaml::Instruction read_instruction(Reader& in) {
+    fastmaml::Instruction i;
+    i.kernel = in.next();
+    if (i.kernel < 0 || i.kernel >= fastmaml::kKernelCount) throw std::runtime_error("fastmaml._cpu: unknown kernel id");
+    i.n_operands = in.count(fastmaml::kMaxOperands);
+    for (int n = 0; n < i.n_operands; ++n) i.operands[n] = read_operand(in);
+    const int sizes = in.count(fastmaml::kMaxSizes);
+    for (int n = 0; n < sizes; ++n) i.sizes[n] = in.next();
+    const int numbers = in.count(fastmaml::kMaxNumbers);
+    for (int n = 0; n < numbers; ++n) {  // the bits of a float
+        const int32_t bits = static_cast<int32_t>(in.next());
+        static_assert(sizeof(float) == sizeof(bits), "float32");
+        __builtin_memcpy(&i.numbers[n], &bits, sizeof bits);
+    }
+    return i;
+}
+
+fastmaml::Plan read_plan(const std::vector<int64_t>& words) {
+    Reader in(words);
+    fastmaml::Plan plan;
+    plan.meta_bytes = in.next();
+    plan.run_bytes = in.next();
+    plan.accumulator_floats = in.next();
+    plan.halves = in.next();
+    for (int n = in.count(); n > 0; --n) {
+        fastmaml::TaskBuffer b;
+        b.rows = static_cast<Rows>(in.next());
+        b.stride = in.next();
+        plan.task_buffers.push_back(b);
+    }
+    for (auto* ports : {&plan.inputs, &plan.outputs})
+        for (int n = in.count(); n > 0; --n) {
+            fastmaml::Port p;
+            p.offset = in.next();
+            p.layout = static_cast<fastmaml::Layout>(in.next());
+            p.rows = in.next();
+            p.cols = in.next();
+            p.steps = in.next();
+            p.step_stride = in.next();
+            ports->push_back(p);
+        }
+    for (int n = in.count(); n > 0; --n) {
+        fastmaml::Reduction r;
+        r.source = read_operand(in);
+        r.target = in.next();
+        r.count = in.next();
+        r.offset = in.next();
+        plan.reductions.push_back(r);
+    }
+    for (int n = in.count(); n > 0; --n) {
+        fastmaml::Scalars s;
+        s.at = read_operand(in);
+        s.begin = in.next();
+        s.end = in.next();
+        plan.checked.push_back(s);
+    }
+    for (int n = in.count(); n > 0; --n) {
+        fastmaml::Phase phase;
+        phase.meta = in.next();
+        phase.half = in.next();
+        phase.start = in.next();
+        phase.stop = in.next();
+        phase.stride = in.next();
+        for (int g = in.count(); g > 0; --g) {
+            fastmaml::Group group;
+            group.rows = static_cast<Rows>(in.next());
+            group.block_rows = in.next();
+            for (int i = in.count(); i > 0; --i) group.instructions.push_back(read_instruction(in));
+            phase.groups.push_back(std::move(group));
+        }
+        plan.phases.push_back(std::move(phase));
+    }
+    if (!in.done()) throw std::runtime_error("fastmaml._cpu: a Plan has words left over");
+    return plan;
+}
+
+template <class T>
+T* pointer(int64_t address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+template <class T>
+std::vector<T*> pointers(const std::vector<int64_t>& addresses) {
+    std::vector<T*> out;
+    out.reserve(addresses.size());
+    for (int64_t a : addresses) out.push_back(pointer<T>(a));
+    return out;
+}
+
+// One half for all tasks; false: something summed is not finite (run again with careful=True).
+bool execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, bool careful, int64_t support_rows,
+             int64_t query_rows, int64_t ways, int64_t task_weights, double uniform_weight,
+             const std::vector<int64_t>& task_buffers, const std::vector<int64_t>& inputs,
+             const std::vector<int64_t>& outputs, bool add_to_outputs, int64_t meta, int64_t work, int64_t finite) {
+    fastmaml::Run run;
+    run.tasks = tasks;
+    run.half = half;
+    run.threads = threads;
+    run.careful = careful;
+    run.support_rows = pointer<const int64_t>(support_rows);
+    run.query_rows = pointer<const int64_t>(query_rows);
+    run.ways = pointer<const int64_t>(ways);
+    run.task_weights = pointer<const double>(task_weights);
+    run.uniform_weight = uniform_weight;
+    run.task_buffers = pointers<char>(task_buffers);
+    run.inputs = pointers<const float>(inputs);
+    run.outputs = pointers<float>(outputs);
+    run.add_to_outputs = add_to_outputs;
+    run.meta = pointer<char>(meta);
+    run.work = pointer<char>(work);
+    run.finite = pointer<bool>(finite);
+    if (run.task_buffers.size() != plan.task_buffers.size() || run.inputs.size() != plan.inputs.size() ||
+        run.outputs.size() != plan.outputs.size())
+        throw std::runtime_error("fastmaml._cpu: the pointers do not fit the Plan");
+    const fastmaml::Tier& tier = fastmaml::active_tier();
+    py::gil_scoped_release release;
+    return fastmaml::execute(plan, run, tier);
+}
+
+// One kernel on its own: for tests and per-kernel benchmarks.
+void call_kernel(const std::string& tier, const std::string& name, const std::vector<int64_t>& operands,
+                 const std::vector<int64_t>& row_strides, int64_t n, int64_t row0, int64_t n_total, bool first, bool last,
+                 int part, int parts, std::vector<int64_t> sizes, std::vector<float> numbers,
+                 std::tuple<int64_t, int64_t, int64_t, int64_t> task) {
+    if (operands.size() > fastmaml::kMaxOperands || operands.size() != row_strides.size())
+        throw std::runtime_error("call_kernel: operands and row_strides must have one entry per operand, at most 16");
+    int id = 0;
+    while (id < fastmaml::kKernelCount && name != fastmaml::kernel_name(id)) ++id;
+    if (id == fastmaml::kKernelCount) throw std::runtime_error("call_kernel: no kernel is called " + name);
+    sizes.resize(fastmaml::kMaxSizes, 0);
+    numbers.resize(fastmaml::kMaxNumbers, 0.f);
+    const fastmaml::Task t = {std::get<0>(task), std::get<1>(task), std::get<2>(task), std::get<3>(task)};
+    fastmaml::Call c{};
+    for (size_t i = 0; i < operands.size(); ++i) {
+        c.operands[i] = pointer<void>(operands[i]);
+        c.row_stride[i] = row_strides[i];
+    }
+    c.n = n, c.row0 = row0, c.n_total = n_total, c.first = first, c.last = last, c.part = part, c.parts = parts;
+    c.sizes = sizes.data(), c.numbers = numbers.data(), c.task = &t;
+    fastmaml::find_tier(tier).table[id](c);
+}
+
+// GFLOP/s of a register-only FMA loop on `threads` threads: the machine's peak as this project means it.
+double peak_gflops(int threads) {
+    const fastmaml::Tier& tier = fastmaml::active_tier();
+    py::gil_scoped_release release;
+    double best = 0;
+    for (int attempt = 0; attempt < 5; ++attempt) {
+        const auto start = std::chrono::steady_clock::now();
+        double flops = 0;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) reduction(+ : flops)
+#endif
+        flops += tier.peak_flops(1000000);
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        if (flops / seconds.count() * 1e-9 > best) best = flops / seconds.count() * 1e-9;
+    }
+    (void)threads;
+    return best;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "fastmaml's CPU kernels and the executor that walks a Plan over them.";
+    py::class_<fastmaml::Plan>(m, "Plan").def(py::init(&read_plan), py::arg("words"));
+    m.def("execute", &execute);
+    m.def(
+        "work_bytes", [](const fastmaml::Plan& plan, int64_t tasks, int threads) { return fastmaml::work_bytes(plan, tasks, threads); },
+        "Bytes of the workspace for this many tasks and threads.");
+    m.def("call_kernel", &call_kernel);
+    m.def("peak_gflops", &peak_gflops, py::arg("threads"));
+    m.def("kernels", [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < fastmaml::kKernelCount; ++i) names.push_back(fastmaml::kernel_name(i));
+        return names;
+    });
+    m.def("tiers", [] {
+        std::vector<std::string> names;
+        for (const fastmaml::Tier& tier : fastmaml::tiers()) names.push_back(tier.name);
+        return names;
+    });
+    m.def("active_tier", [] { return std::string(fastmaml::active_tier().name); });
+#ifdef _OPENMP
+    m.attr("openmp") = true;
+#else
+    m.attr("openmp") = false;
+#endif
+}

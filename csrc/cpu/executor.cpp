@@ -1,0 +1,341 @@
+#include "executor.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fastmaml {
+
+// ---------------------------------------------------------------------------------------------------- threads
+// GNU OpenMP hangs in a forked child once a parallel region has run in the parent: a child runs serially.
+static std::atomic<bool> forked{false};
+static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+class Barrier {  // for the threads that OpenMP really gave; spins, then yields where there are more threads than cores
+   public:
+    explicit Barrier(int count) : count_(count) {}
+    void wait() {
+        if (count_ == 1) return;
+        const int turn = turn_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            turn_.store(turn + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins)
+            if (spins > 4096) sched_yield();
+    }
+
+   private:
+    const int count_;
+    std::atomic<int> arrived_{0}, turn_{0};
+};
+
+Shape shape_of(int64_t tasks, int threads) {
+    if (threads < 1) threads = 1;
+    const int team = tasks > 0 && tasks < threads ? static_cast<int>(threads / tasks) : 1;
+    const int64_t workers = threads / team < tasks ? threads / team : (tasks > 0 ? tasks : 1);
+    return {static_cast<int>(workers), team, tasks < 16 ? (tasks > 0 ? tasks : 1) : 16};
+}
+
+static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t work_bytes(const Plan& plan, int64_t tasks, int threads) {
+    const Shape s = shape_of(tasks, threads);
+    return s.workers * aligned(plan.run_bytes) + s.chunks * aligned(plan.accumulator_floats * 4);
+}
+
+// ---------------------------------------------------------------------------------------------------- addresses
+struct Worker {  // what one team knows while it runs one task
+    const Plan* plan;
+    const Run* run;
+    const Tier* tier;
+    char* arena;
+    Task task;
+    Barrier* barrier;
+    int part, parts;
+};
+
+static int64_t extent(Rows rows, const Task& t) {
+    switch (rows) {
+        case Rows::kSupport: return t.n_support;
+        case Rows::kQuery: return t.n_query;
+        case Rows::kJoint: return t.n_support + t.n_query;
+        default: return 0;
+    }
+}
+
+static char* base_of(Home home, int32_t task_buffer, const Worker& w) {
+    switch (home) {
+        case Home::kMeta: return w.run->meta;
+        case Home::kTask: {
+            const TaskBuffer& b = w.plan->task_buffers[task_buffer];
+            char* p = w.run->task_buffers[task_buffer];
+            const int64_t at = b.rows == Rows::kSupport ? w.run->support_rows[w.task.index]
+                               : b.rows == Rows::kQuery ? w.run->query_rows[w.task.index]
+                                                        : w.task.index;
+            return p + at * b.stride;
+        }
+        default: return w.arena;
+    }
+}
+
+static inline void* address(const Operand& o, const Worker& w, int64_t step, int64_t row0) {
+    if (!o.present) return nullptr;
+    const int64_t slot = step + o.shift;
+    if (o.has_first && slot == 0) return base_of(o.first_home, o.first_task_buffer, w) + o.first_offset;
+    char* p = base_of(o.home, o.task_buffer, w) + o.offset + slot * o.step_stride;
+    return o.rows == Rows::kNone || o.block ? p : p + row0 * o.row_stride;
+}
+
+// ---------------------------------------------------------------------------------------------------- walking
+static void run_instruction(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n, int64_t total) {
+    Call c;
+    for (int i = 0; i < in.n_operands; ++i) {
+        c.operands[i] = address(in.operands[i], w, step, row0);
+        c.row_stride[i] = in.operands[i].row_stride;
+    }
+    c.n = n;
+    c.row0 = row0;
+    c.n_total = total;
+    c.first = row0 == 0;
+    c.last = row0 + n >= total;
+    c.part = w.part;
+    c.parts = w.parts;
+    c.sizes = in.sizes;
+    c.numbers = in.numbers;
+    c.task = &w.task;
+    w.tier->table[in.kernel](c);
+    w.barrier->wait();  // a team of one does not wait
+}
+
+static void run_phase(const Phase& phase, const Worker& w) {
+    for (int step = phase.start; phase.stride > 0 ? step < phase.stop : step > phase.stop; step += phase.stride)
+        for (const Group& group : phase.groups) {
+            const int64_t total = group.rows == Rows::kNone ? 1 : extent(group.rows, w.task);
+            const int64_t block = group.rows == Rows::kNone || group.block_rows <= 0 ? total : group.block_rows;
+            for (int64_t row0 = 0; row0 < total; row0 += block) {
+                const int64_t n = total - row0 < block ? total - row0 : block;
+                for (const Instruction& in : group.instructions) run_instruction(in, w, step, row0, n, total);
+            }
+        }
+}
+
+static bool all_finite(const float* p, int64_t n) {
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, p + i, sizeof bits);
+        bad |= (bits & 0x7f800000u) == 0x7f800000u;  // infinity or NaN
+    }
+    return !bad;
+}
+
+static bool losses_finite(const Worker& w) {
+    if (w.run->half != 0) return w.run->finite[w.task.index];  // the forward half has said
+    for (const Scalars& scalars : w.plan->checked)
+        for (int64_t k = scalars.begin; k < scalars.end; ++k)
+            if (!std::isfinite(*static_cast<float*>(address(scalars.at, w, k, 0)))) return false;
+    return true;
+}
+
+// out = base + f x (base null: f x), with the tier's own kernels
+static void add_scaled(const Tier& tier, const float* base, const float* x, float f, float* out, int64_t n) {
+    Call c{};
+    const int64_t sizes[2] = {n, 0};
+    c.parts = 1;
+    c.sizes = sizes;
+    c.numbers = &f;
+    c.operands[0] = const_cast<float*>(base ? base : x);
+    c.operands[1] = base ? const_cast<float*>(x) : nullptr;
+    c.operands[base ? 3 : 2] = out;
+    tier.table[base ? kId_axpy_fwd : kId_scale_fwd](c);
+}
+
+// acc = sum over the chunk's finite tasks, in batch order, of weight * source
+static void accumulate(const Worker& w, float* acc, bool& begun) {
+    const Plan& plan = *w.plan;
+    const double weight = w.run->task_weights ? w.run->task_weights[w.task.index] : w.run->uniform_weight;
+    const float f = static_cast<float>(weight);
+    bool finite = losses_finite(w);
+    if (finite && w.run->careful)
+        for (const Reduction& r : plan.reductions)
+            finite = finite && all_finite(static_cast<float*>(address(r.source, w, 0, 0)), r.count);
+    w.run->finite[w.task.index] = finite;
+    if (!finite) return;
+    for (const Reduction& r : plan.reductions) {
+        const float* source = static_cast<float*>(address(r.source, w, 0, 0));
+        float* out = acc + r.offset;
+        add_scaled(*w.tier, begun ? out : nullptr, source, f, out, r.count);
+    }
+    begun = true;
+}
+
+static void pack(const Port& port, const float* from, const Run& run, const Tier& tier, int part, int parts) {
+    for (int64_t k = 0; k < port.steps; ++k) {
+        float* to = reinterpret_cast<float*>(run.meta + port.offset + k * port.step_stride);
+        const float* src = from + k * port.rows * port.cols;
+        if (port.layout == Layout::kPacked) {
+            Call c{};
+            const int64_t sizes[2] = {port.cols, port.rows};
+            c.operands[0] = const_cast<float*>(src);
+            c.operands[1] = to;
+            c.sizes = sizes;
+            c.part = part;
+            c.parts = parts;
+            tier.table[kId_pack_fwd](c);
+        } else if (part == 0) {
+            const int64_t n = port.rows * port.cols;
+            std::memcpy(to, src, n * sizeof(float));
+            std::memset(to + n, 0, (pad_lane(n) - n) * sizeof(float));
+        }
+    }
+}
+
+// A share of the rows of a leaf's gradient, out of the packed or plain form, in pieces of 16 x 16 that stay in L1.
+static void unpack(const Port& port, float* to, bool add, const Run& run, int part, int parts) {
+    const int64_t begin = port.rows * part / parts, end = port.rows * (part + 1) / parts;
+    for (int64_t k = 0; k < port.steps; ++k) {
+        const float* from = reinterpret_cast<float*>(run.meta + port.offset + k * port.step_stride);
+        float* dst = to + k * port.rows * port.cols;
+        for (int64_t r0 = begin; r0 < end; r0 += kLane)
+            for (int64_t c0 = 0; c0 < port.cols; c0 += kLane)
+                for (int64_t r = r0; r < end && r < r0 + kLane; ++r) {
+                    const bool packed = port.layout == Layout::kPacked;
+                    const float* row = from + (packed ? packed_offset(0, r, port.cols, port.rows) : r * port.cols);
+                    const int64_t stride = packed ? packed_width(r / kPanel, port.rows) : 1;
+                    const int64_t stop = port.cols < c0 + kLane ? port.cols : c0 + kLane;
+                    float* out = dst + r * port.cols;
+                    for (int64_t c = c0; c < stop; ++c) out[c] = add ? out[c] + row[c * stride] : row[c * stride];
+                }
+    }
+}
+
+// One meta-iteration half, as seen by thread `me` of `n`. Everything that crosses threads lies behind a barrier.
+struct Shared {
+    const Plan& plan;
+    const Run& run;
+    const Tier& tier;
+    Shape shape{};
+    std::vector<std::unique_ptr<Barrier>> teams{};
+    std::unique_ptr<Barrier> all{};
+    std::atomic<int64_t> next{0};
+    std::vector<int64_t> current{};  // the chunk that each team works on
+    std::vector<char> begun{};       // chunks that summed at least one task
+    std::atomic<bool> finite{true};
+};
+
+static void run_meta(Shared& s, bool last) {
+    Barrier alone(1);
+    Worker w{&s.plan, &s.run, &s.tier, nullptr, Task{0, 0, 0, 0}, &alone, 0, 1};
+    bool tasks_seen = false;
+    for (const Phase& phase : s.plan.phases) {
+        if (!phase.meta) tasks_seen = true;
+        if (phase.meta && phase.half == s.run.half && tasks_seen == last) run_phase(phase, w);
+    }
+}
+
+static float* accumulator(Shared& s, int64_t chunk) {
+    char* at = s.run.work + s.shape.workers * aligned(s.plan.run_bytes);
+    return reinterpret_cast<float*>(at + chunk * aligned(s.plan.accumulator_floats * 4));
+}
+
+static void run_tasks(Shared& s, int team, int part) {
+    Worker w{&s.plan, &s.run, &s.tier, s.run.work + team * aligned(s.plan.run_bytes), Task{}, s.teams[team].get(), part, s.shape.team};
+    const bool sums = s.run.half == s.plan.halves - 1;
+    for (;;) {
+        if (part == 0) s.current[team] = s.next.fetch_add(1);
+        w.barrier->wait();
+        const int64_t chunk = s.current[team];
+        if (chunk >= s.shape.chunks) return;
+        const int64_t begin = s.run.tasks * chunk / s.shape.chunks, end = s.run.tasks * (chunk + 1) / s.shape.chunks;
+        bool begun = false;
+        for (int64_t t = begin; t < end; ++t) {
+            const Run& r = s.run;
+            w.task = {t, r.support_rows[t + 1] - r.support_rows[t], r.query_rows[t + 1] - r.query_rows[t], r.ways ? r.ways[t] : 0};
+            for (const Phase& phase : s.plan.phases)
+                if (!phase.meta && phase.half == r.half) run_phase(phase, w);
+            if (part == 0) {
+                if (sums)
+                    accumulate(w, accumulator(s, chunk), begun);
+                else
+                    r.finite[t] = losses_finite(w);
+            }
+            w.barrier->wait();
+        }
+        if (part == 0) s.begun[chunk] = begun;
+        w.barrier->wait();
+    }
+}
+
+static void reduce(Shared& s, int part, int parts) {
+    for (const Reduction& r : s.plan.reductions) {
+        float* out = reinterpret_cast<float*>(s.run.meta + r.target);
+        const int64_t begin = r.count * part / parts, end = r.count * (part + 1) / parts;
+        for (int64_t i = begin; i < end; ++i) out[i] = 0.f;
+        for (int64_t chunk = 0; chunk < s.shape.chunks; ++chunk) {  // in batch order
+            if (!s.begun[chunk]) continue;
+            const float* from = accumulator(s, chunk) + r.offset;
+            for (int64_t i = begin; i < end; ++i) out[i] += from[i];
+        }
+        if (!all_finite(out + begin, end - begin)) s.finite.store(false);
+    }
+}
+
+static void run_thread(Shared& s, int me, int n) {
+    if (s.run.half == 0)
+        for (size_t i = 0; i < s.plan.inputs.size(); ++i) pack(s.plan.inputs[i], s.run.inputs[i], s.run, s.tier, me, n);
+    s.all->wait();
+    if (me == 0) run_meta(s, false);
+    s.all->wait();
+    if (me / s.shape.team < s.shape.workers) run_tasks(s, me / s.shape.team, me % s.shape.team);
+    s.all->wait();
+    if (s.run.half != s.plan.halves - 1) return;
+    reduce(s, me, n);
+    s.all->wait();
+    if (me == 0) run_meta(s, true);
+    s.all->wait();
+    if (!s.finite.load() && !s.run.careful) return;  // the caller runs it again, task by task
+    for (size_t i = 0; i < s.plan.outputs.size(); ++i)
+        if (s.run.outputs[i]) unpack(s.plan.outputs[i], s.run.outputs[i], s.run.add_to_outputs, s.run, me, n);
+}
+
+bool execute(const Plan& plan, const Run& run, const Tier& tier) {
+    (void)registered;
+#ifdef _OPENMP
+    const int threads = forked.load() || run.threads < 1 ? 1 : run.threads;
+#else
+    const int threads = 1;
+#endif
+    Shared s{plan, run, tier};
+    auto prepare = [&](int given) {  // the workspace is laid out for run.threads; fewer may have come
+        s.shape = shape_of(run.tasks, given);
+        s.all.reset(new Barrier(given));
+        for (int i = 0; i < s.shape.workers; ++i) s.teams.emplace_back(new Barrier(s.shape.team));
+        s.current.assign(s.shape.workers, 0);
+        s.begun.assign(s.shape.chunks, 0);
+    };
+    if (threads == 1) {
+        prepare(1);
+        run_thread(s, 0, 1);
+        return s.finite.load();
+    }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp single
+        prepare(omp_get_num_threads());
+        run_thread(s, omp_get_thread_num(), omp_get_num_threads());
+    }
+#endif
+    return s.finite.load();
+}
+
+}  // namespace fastmaml

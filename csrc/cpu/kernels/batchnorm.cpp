@@ -1,0 +1,258 @@
+// Batch norm over rows. Columns are independent of each other: a team splits them, and the constants of a vector of
+// columns stay in registers while its rows go by. An absent operand reads zeros, which costs a load and saves a
+// thousand variants of the second derivative.
+#include <math.h>
+
+#include "../simd.h"
+
+namespace fastmaml {
+namespace FASTMAML_ISA {
+namespace {
+
+constexpr float kZeros[kLane] = {};
+
+struct RowsIn {  // VL columns of an operand with rows
+    const float* p;
+    int64_t stride;
+    RowsIn(const Call& c, int i, int64_t col) : p(kZeros), stride(0) {
+        if (c.operands[i]) p = c.f(i) + col, stride = c.stride(i);
+    }
+    vec operator[](int64_t row) const { return load(p + row * stride); }
+};
+
+struct RowsOut {
+    float* p;
+    int64_t stride;
+    RowsOut(const Call& c, int i, int64_t col) : p(c.f(i) + col), stride(c.stride(i)) {}
+    void set(int64_t row, vec v) const { store(p + row * stride, v); }
+};
+
+struct Columns {  // x - mean, xhat and xhat's tangent of one vector of columns; operands x, mean, rstd lead in every
+                  // kernel
+    RowsIn x;
+    vec mean, rstd;
+    Columns(const Call& c, int64_t col) : x(c, 0, col), mean(load(c.f(1) + col)), rstd(load(c.f(2) + col)) {}
+    vec centred(int64_t row) const { return x[row] - mean; }
+};
+
+struct Tangent {  // xhatt = (xt - meant) rstd + (x - mean) rstdt
+    RowsIn xt;
+    vec mean_t, rstd_t;
+    vec operator()(const Columns& k, vec centred, int64_t row) const {
+        return fma(xt[row] - mean_t, k.rstd, centred * rstd_t);
+    }
+};
+
+}  // namespace
+
+static inline vec vector_at(const Call& c, int i, int64_t col, float absent = 0.f) {
+    return c.operands[i] ? load(c.f(i) + col) : splat(absent);
+}
+
+static inline Tangent tangent_at(const Call& c, int xt, int64_t col) {  // operands xt, meant, rstdt
+    return {RowsIn(c, xt, col), vector_at(c, xt + 1, col), vector_at(c, xt + 2, col)};
+}
+
+template <class F>
+static inline void for_columns(const Call& c, F body) {
+    const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
+    for (int64_t col = s.begin * kLane; col < s.end * kLane; col += VL) body(col);
+}
+
+// How many rows make the statistics, and how many of them lie in this block.
+static inline int64_t stat_rows(const Call& c) {
+    return c.sizes[1] == -1 ? c.n_total : c.sizes[1] == -2 ? c.task->n_support : c.sizes[1];
+}
+static inline int64_t stat_rows_here(const Call& c) {
+    const int64_t left = stat_rows(c) - c.row0;
+    return left < 0 ? 0 : left < c.n ? left : c.n;
+}
+
+struct Sums {
+    vec a, b;
+};
+
+// Two sums over rows at once; add(row, a, b) adds a row's terms. Four chains of at most 32 additions each, then their
+// sum: the order depends on n alone.
+template <class F>
+static inline Sums sum_rows(int64_t n, F add) {
+    Sums total = {vec{}, vec{}};
+    for (int64_t begin = 0; begin < n; begin += 128) {
+        const int64_t end = n < begin + 128 ? n : begin + 128;
+        vec a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
+        int64_t i = begin;
+        for (; i + 4 <= end; i += 4) {
+            add(i, a0, b0);
+            add(i + 1, a1, b1);
+            add(i + 2, a2, b2);
+            add(i + 3, a3, b3);
+        }
+        if (i < end) add(i, a0, b0);
+        if (i + 1 < end) add(i + 1, a1, b1);
+        if (i + 2 < end) add(i + 2, a2, b2);
+        total.a += (a0 + a1) + (a2 + a3);
+        total.b += (b0 + b1) + (b2 + b3);
+    }
+    return total;
+}
+
+static inline void add_to(const Call& c, int i, int64_t col, vec v) {  // a reduction's output
+    if (!c.operands[i]) return;
+    float* p = c.f(i) + col;
+    store(p, c.first ? v : load(p) + v);
+}
+
+// 1 / sqrt(var + eps); zero in the padding, so that nothing there can become infinite.
+static inline vec rstd_of(const Call& c, int64_t col, vec var) {
+    vec r = vec{};
+    for (int l = 0; l < VL; ++l)
+        if (col + l < c.sizes[0]) r[l] = 1.f / sqrtf(var[l] + c.numbers[0]);
+    return r;
+}
+
+void batchnorm_stats_fwd(const Call& c) {
+    const int64_t n = stat_rows_here(c), total = stat_rows(c);
+    const float rows = static_cast<float>(n), before = static_cast<float>(c.row0), seen = before + rows;
+    for_columns(c, [&](int64_t col) {
+        const RowsIn x(c, 0, col);
+        float *mean_out = c.f(1) + col, *rstd_out = c.f(2) + col;  // between blocks: mean and M2 of the rows so far
+        vec mean = c.first ? vec{} : load(mean_out), m2 = c.first ? vec{} : load(rstd_out);
+        if (n > 0) {
+            const vec centre = sum_rows(n, [&](int64_t i, vec& a, vec&) { a += x[i]; }).a / splat(rows);
+            const Sums s = sum_rows(n, [&](int64_t i, vec& a, vec& b) {
+                const vec d = x[i] - centre;
+                a += d;
+                b = fma(d, d, b);
+            });
+            const vec shift = s.a / splat(rows);  // what rounding left in centre
+            const vec block_mean = centre + shift;
+            vec block_m2 = fma(-s.a, shift, s.b);
+            block_m2 = select(block_m2 < vec{}, vec{}, block_m2);
+            const vec delta = block_mean - mean;  // Chan et al. 1979
+            mean += delta * splat(rows / seen);
+            m2 += fma(delta * delta, splat(before * (rows / seen)), block_m2);
+        }
+        store(mean_out, mean);
+        store(rstd_out, c.last ? rstd_of(c, col, m2 / splat(static_cast<float>(total))) : m2);
+    });
+}
+
+void batchnorm_running_fwd(const Call& c) {
+    for_columns(c, [&](int64_t col) {
+        store(c.f(2) + col, load(c.f(0) + col));
+        store(c.f(3) + col, rstd_of(c, col, load(c.f(1) + col)));
+    });
+}
+
+void batchnorm_stats_jvp(const Call& c) {  // x, mean, rstd, xt, meant, rstdt
+    const int64_t n = stat_rows_here(c);
+    const vec total = splat(static_cast<float>(stat_rows(c)));
+    for_columns(c, [&](int64_t col) {
+        const Columns k(c, col);
+        const RowsIn xt(c, 3, col);
+        const Sums s = sum_rows(n, [&](int64_t i, vec& a, vec& b) {
+            const vec t = xt[i];
+            a += t;
+            b = fma(k.centred(i), t, b);
+        });
+        add_to(c, 4, col, s.a);
+        add_to(c, 5, col, s.b);
+        if (!c.last) return;
+        float *mean_t = c.f(4) + col, *rstd_t = c.f(5) + col;
+        store(mean_t, load(mean_t) / total);
+        store(rstd_t, -(k.rstd * k.rstd * k.rstd) * (load(rstd_t) / total));
+    });
+}
+
+void batchnorm_fwd(const Call& c) {  // x, mean, rstd, gamma?, beta?, y
+    for_columns(c, [&](int64_t col) {
+        const Columns k(c, col);
+        const vec scale = k.rstd * vector_at(c, 3, col, 1.f), beta = vector_at(c, 4, col);
+        const RowsOut y(c, 5, col);
+        for (int64_t i = 0; i < c.n; ++i) y.set(i, fma(k.centred(i), scale, beta));
+    });
+}
+
+void batchnorm_jvp(const Call& c) {  // x, mean, rstd, gamma?, xt?, meant?, rstdt?, gammat?, betat?, yt
+    for_columns(c, [&](int64_t col) {
+        const Columns k(c, col);
+        const Tangent tangent = tangent_at(c, 4, col);
+        const vec gamma = vector_at(c, 3, col, 1.f), xhat_scale = k.rstd * vector_at(c, 7, col),
+                  beta_t = vector_at(c, 8, col);
+        const RowsOut yt(c, 9, col);
+        for (int64_t i = 0; i < c.n; ++i) {
+            const vec centred = k.centred(i);
+            yt.set(i, fma(gamma, tangent(k, centred, i), fma(centred, xhat_scale, beta_t)));
+        }
+    });
+}
+
+void batchnorm_bwd_stats(const Call& c) {  // x, mean, rstd, dy, s1, s2
+    for_columns(c, [&](int64_t col) {
+        const Columns k(c, col);
+        const RowsIn dy(c, 3, col);
+        const Sums s = sum_rows(c.n, [&](int64_t i, vec& a, vec& b) {
+            const vec d = dy[i];
+            a += d;
+            b = fma(k.centred(i), d, b);
+        });
+        add_to(c, 4, col, s.a);
+        add_to(c, 5, col, s.b * k.rstd);
+    });
+}
+
+void batchnorm_bwd_stats_jvp(const Call& c) {  // x, mean, rstd, dy?, xt?, meant?, rstdt?, dyt?, s1t?, s2t?
+    for_columns(c, [&](int64_t col) {
+        const Columns k(c, col);
+        const Tangent tangent = tangent_at(c, 4, col);
+        const RowsIn dy(c, 3, col), dyt(c, 7, col);
+        const Sums s = sum_rows(c.n, [&](int64_t i, vec& a, vec& b) {
+            const vec centred = k.centred(i), d = dyt[i];
+            a += d;
+            b = fma(dy[i], tangent(k, centred, i), fma(centred * k.rstd, d, b));
+        });
+        add_to(c, 8, col, s.a);
+        add_to(c, 9, col, s.b);
+    });
+}
+
+void batchnorm_bwd_input(const Call& c) {  // x, mean, rstd, gamma?, dy, s1, s2, dx
+    const int64_t n = stat_rows_here(c);
+    const vec total = splat(n ? static_cast<float>(stat_rows(c)) : 1.f);
+    for_columns(c, [&](int64_t col) {
+        const Columns k(c, col);
+        const RowsIn dy(c, 4, col);
+        const RowsOut dx(c, 7, col);
+        const vec scale = k.rstd * vector_at(c, 3, col, 1.f);
+        const vec e1 = vector_at(c, 5, col) / total, e2 = k.rstd * vector_at(c, 6, col) / total;
+        for (int64_t i = 0; i < n; ++i) dx.set(i, scale * fma(-k.centred(i), e2, dy[i] - e1));
+        for (int64_t i = n; i < c.n; ++i) dx.set(i, scale * dy[i]);
+    });
+}
+
+// x, mean, rstd, gamma?, dy?, s1?, s2?, xt?, meant?, rstdt?, gammat?, dyt?, s1t?, s2t?, dxt: the product rule on
+// batchnorm_bwd_input
+void batchnorm_bwd_input_jvp(const Call& c) {
+    const int64_t n = stat_rows_here(c);
+    const vec total = splat(n ? static_cast<float>(stat_rows(c)) : 1.f);
+    for_columns(c, [&](int64_t col) {
+        const Columns k(c, col);
+        const Tangent tangent = tangent_at(c, 7, col);
+        const RowsIn dy(c, 4, col), dyt(c, 11, col);
+        const RowsOut dxt(c, 14, col);
+        const vec gamma = vector_at(c, 3, col, 1.f), scale = gamma * k.rstd;
+        const vec scale_t = fma(vector_at(c, 10, col), k.rstd, gamma * tangent.rstd_t);
+        const vec e1 = vector_at(c, 5, col) / total, e2 = vector_at(c, 6, col) / total;
+        const vec e1t = vector_at(c, 12, col) / total, e2t = vector_at(c, 13, col) / total;
+        for (int64_t i = 0; i < n; ++i) {
+            const vec centred = k.centred(i), xhat = centred * k.rstd;
+            const vec inner = fma(-xhat, e2, dy[i] - e1);
+            const vec inner_t = fma(-tangent(k, centred, i), e2, fma(-xhat, e2t, dyt[i] - e1t));
+            dxt.set(i, fma(scale_t, inner, scale * inner_t));
+        }
+        for (int64_t i = n; i < c.n; ++i) dxt.set(i, fma(scale_t, dy[i], scale * dyt[i]));
+    });
+}
+
+}  // namespace FASTMAML_ISA
+}  // namespace fastmaml

@@ -1,0 +1,295 @@
+// linear in all modes, on packed weights: panels of 64 outputs, each [in][width], so that the vectors run over outputs, a panel is one stream of
+// memory, and the weight gradient is an outer product in the same layout. bwd_input transposes 64 x 64 pieces of the panel on the way.
+//
+// Every output element is one chain of FMAs in a fixed order, whatever the tile, the block of rows or the team: bits do not depend on them.
+#include "../simd.h"
+
+namespace fastmaml {
+namespace FASTMAML_ISA {
+
+static constexpr int kRows = 6;                   // rows of a register tile
+static constexpr int kCols = VL == 16 ? 4 : 2;    // vectors of a register tile: 6 x 4 zmm, or 6 x 2 ymm/xmm
+
+struct Pair {  // one product x w of a sum of products; w is [k][ldw]
+    const float* x;
+    int64_t ldx;
+    const float* w;
+    int64_t ldw;
+};
+
+// y[R][C vectors] = init + sum over pairs of x w, in registers. init: one row for all (ld_init 0), a row each, or null for zero.
+template <int R, int C>
+static inline void tile(const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy, const float* init,
+                        int64_t ld_init) {
+    vec acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = init ? load(init + r * ld_init + c * VL) : vec{};
+    for (int p = 0; p < n_pairs; ++p) {
+        const float *x = pairs[p].x, *w = pairs[p].w;
+        const int64_t ldx = pairs[p].ldx, ldw = pairs[p].ldw;
+        for (int64_t i = 0; i < k; ++i, w += ldw) {
+            vec b[C];
+            for (int c = 0; c < C; ++c) b[c] = load(w + c * VL);
+            for (int r = 0; r < R; ++r) {
+                const vec a = splat(x[r * ldx + i]);
+                for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) store(y + r * ldy + c * VL, acc[r][c]);
+}
+
+template <int C>
+static inline void tile_rows(int64_t rows, const Pair* p, int np, int64_t k, float* y, int64_t ldy, const float* init,
+                             int64_t ldi) {
+    switch (rows) {
+        case 1: return tile<1, C>(p, np, k, y, ldy, init, ldi);
+        case 2: return tile<2, C>(p, np, k, y, ldy, init, ldi);
+        case 3: return tile<3, C>(p, np, k, y, ldy, init, ldi);
+        case 4: return tile<4, C>(p, np, k, y, ldy, init, ldi);
+        case 5: return tile<5, C>(p, np, k, y, ldy, init, ldi);
+        default: return tile<6, C>(p, np, k, y, ldy, init, ldi);
+    }
+}
+
+// y[n][cols] = init + sum of pairs, for cols (a multiple of kLane) columns that lie together in w.
+static void product(int64_t n, int64_t cols, Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
+                    const float* init, int64_t ld_init) {
+    for (int64_t c = 0; c < cols; c += kCols * VL) {
+        const int vectors = static_cast<int>((cols - c < kCols * VL ? cols - c : kCols * VL) / VL);
+        for (int64_t r = 0; r < n; r += kRows) {
+            Pair here[4];
+            for (int p = 0; p < n_pairs; ++p)
+                here[p] = {pairs[p].x + r * pairs[p].ldx, pairs[p].ldx, pairs[p].w + c, pairs[p].ldw};
+            const int64_t rows = n - r < kRows ? n - r : kRows;
+            float* out = y + r * ldy + c;
+            const float* from = init ? init + r * ld_init + c : nullptr;
+            switch (vectors) {
+                case 1: tile_rows<1>(rows, here, n_pairs, k, out, ldy, from, ld_init); break;
+                case 2: tile_rows<2>(rows, here, n_pairs, k, out, ldy, from, ld_init); break;
+#if defined(__AVX512F__)
+                case 3: tile_rows<3>(rows, here, n_pairs, k, out, ldy, from, ld_init); break;
+                default: tile_rows<4>(rows, here, n_pairs, k, out, ldy, from, ld_init); break;
+#endif
+            }
+        }
+    }
+}
+
+// y = b + x1 w1^T + x2 w2^T, a share of the output columns
+static void forward(const Call& c, const float* x1, int64_t ld1, const float* w1, const float* x2, int64_t ld2,
+                    const float* w2, const float* b, float* y, int64_t ldy) {
+    const int64_t in = c.sizes[0], out = c.sizes[1];
+    const Share s = share(pad_lane(out) / kLane, c);
+    for (int64_t o = s.begin * kLane; o < s.end * kLane;) {
+        const int64_t panel = o / kPanel, width = packed_width(panel, out);
+        int64_t stop = panel * kPanel + width;
+        if (stop > s.end * kLane) stop = s.end * kLane;
+        const int64_t at = panel * kPanel * in + o % kPanel;
+        Pair pairs[2];
+        int np = 0;
+        if (w1) pairs[np++] = {x1, ld1, w1 + at, width};
+        if (w2) pairs[np++] = {x2, ld2, w2 + at, width};
+        product(c.n, stop - o, pairs, np, in, y + o, ldy, b ? b + o : nullptr, 0);
+        o = stop;
+    }
+}
+
+void linear_fwd(const Call& c) {
+    forward(c, c.f(0), c.stride(0), c.f(1), nullptr, 0, nullptr, c.f(2), c.f(3), c.stride(3));
+}
+
+void linear_jvp(const Call& c) {
+    const float *x = c.f(0), *w = c.f(1), *xt = c.f(2), *wt = c.f(3);
+    forward(c, xt, c.stride(2), xt ? w : nullptr, x, c.stride(0), wt, c.f(4), c.f(5), c.stride(5));
+}
+
+// ---------------------------------------------------------------------------------------------------- bwd_input
+#if defined(__AVX512F__)
+static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, float* dst, int64_t ldd) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_loadu_ps(src + i * lds) : _mm512_setzero_ps();
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            const __m512d lo = _mm512_castps_pd(b[i + j]), hi = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+        }
+    // a[4g + j] holds, in each 128-bit lane l, column 4l + j of rows 4g..4g+3
+    for (int j = 0; j < 4; ++j) {
+        const __m512 t0 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), t1 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+        const __m512 t2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+        const __m512 t3 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+        _mm512_storeu_ps(dst + (0 + j) * ldd, _mm512_shuffle_f32x4(t0, t2, 0x88));
+        _mm512_storeu_ps(dst + (4 + j) * ldd, _mm512_shuffle_f32x4(t1, t3, 0x88));
+        _mm512_storeu_ps(dst + (8 + j) * ldd, _mm512_shuffle_f32x4(t0, t2, 0xdd));
+        _mm512_storeu_ps(dst + (12 + j) * ldd, _mm512_shuffle_f32x4(t1, t3, 0xdd));
+    }
+}
+#else
+// 16 x 16 as sixteen 4 x 4 pieces
+static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, float* dst, int64_t ldd) {
+    typedef float quad __attribute__((vector_size(16)));
+    typedef float uquad __attribute__((vector_size(16), aligned(4), may_alias));
+    typedef int32_t iquad __attribute__((vector_size(16)));
+    for (int64_t i = 0; i < 16; i += 4)
+        for (int64_t j = 0; j < 16; j += 4) {
+            quad r[4];
+            for (int64_t q = 0; q < 4; ++q)
+                r[q] = i + q < rows ? *reinterpret_cast<const uquad*>(src + (i + q) * lds + j) : quad{};
+            const quad a = __builtin_shuffle(r[0], r[1], iquad{0, 4, 1, 5}), b = __builtin_shuffle(r[0], r[1], iquad{2, 6, 3, 7});
+            const quad c = __builtin_shuffle(r[2], r[3], iquad{0, 4, 1, 5}), d = __builtin_shuffle(r[2], r[3], iquad{2, 6, 3, 7});
+            *reinterpret_cast<uquad*>(dst + (j + 0) * ldd + i) = __builtin_shuffle(a, c, iquad{0, 1, 4, 5});
+            *reinterpret_cast<uquad*>(dst + (j + 1) * ldd + i) = __builtin_shuffle(a, c, iquad{2, 3, 6, 7});
+            *reinterpret_cast<uquad*>(dst + (j + 2) * ldd + i) = __builtin_shuffle(b, d, iquad{0, 1, 4, 5});
+            *reinterpret_cast<uquad*>(dst + (j + 3) * ldd + i) = __builtin_shuffle(b, d, iquad{2, 3, 6, 7});
+        }
+}
+#endif
+
+// dx = dy1 w1 + dy2 w2, a share of the input columns, 64 of them at a time
+static void backward_input(const Call& c, const float* d1, int64_t ld1, const float* w1, const float* d2, int64_t ld2,
+                           const float* w2, float* dx, int64_t ldx) {
+    const int64_t in = c.sizes[0], out = c.sizes[1];
+    alignas(64) float piece[kPanel * kPanel];
+    const Share s = share(pad_lane(in) / kLane, c);
+    const float *ds[2] = {d1, d2}, *ws[2] = {w1, w2};
+    const int64_t lds[2] = {ld1, ld2};
+    for (int64_t k = s.begin * kLane; k < s.end * kLane; k += kPanel) {
+        const int64_t cols = s.end * kLane - k < kPanel ? s.end * kLane - k : kPanel;
+        bool begun = false;
+        for (int p = 0; p < 2; ++p) {
+            if (!ds[p] || !ws[p]) continue;
+            for (int64_t o = 0; o < out; o += kPanel) {
+                const int64_t width = packed_width(o / kPanel, out), outs = out - o < kPanel ? out - o : kPanel;
+                const float* w = ws[p] + o * in + k * width;
+                for (int64_t i = 0; i < cols; i += 16)
+                    for (int64_t j = 0; j < outs; j += 16)
+                        transpose_tile(w + i * width + j, width, in - k - i, piece + j * cols + i, cols);
+                Pair pair = {ds[p] + o, lds[p], piece, cols};
+                product(c.n, cols, &pair, 1, outs, dx + k, ldx, begun ? dx + k : nullptr, ldx);
+                begun = true;
+            }
+        }
+    }
+}
+
+void linear_bwd_input(const Call& c) {
+    backward_input(c, c.f(0), c.stride(0), c.f(1), nullptr, 0, nullptr, c.f(2), c.stride(2));
+}
+
+void linear_bwd_input_jvp(const Call& c) {
+    backward_input(c, c.f(2), c.stride(2), c.f(1), c.f(0), c.stride(0), c.f(3), c.f(4), c.stride(4));
+}
+
+// ---------------------------------------------------------------------------------------------------- bwd_weight
+struct Outer {  // dw += x^T d
+    const float* x;
+    int64_t ldx;
+    const float* d;
+    int64_t ldd;
+};
+
+struct Epilogue {  // what is stored: acc, or base + scale acc
+    const float* from;  // partial sums of the blocks before, or null
+    const float* base;
+    float scale;
+};
+
+template <int R, int C>
+static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw, const Epilogue& e) {
+    vec acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = e.from ? load(e.from + r * ldw + c * VL) : vec{};
+    for (int t = 0; t < n_terms; ++t) {
+        const float *x = terms[t].x, *d = terms[t].d;
+        for (int64_t i = 0; i < n; ++i, x += terms[t].ldx, d += terms[t].ldd) {
+            vec b[C];
+            for (int c = 0; c < C; ++c) b[c] = load(d + c * VL);
+            for (int r = 0; r < R; ++r) {
+                const vec a = splat(x[r]);
+                for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
+            }
+        }
+    }
+    const vec scale = splat(e.scale);
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c)
+            store(dw + r * ldw + c * VL,
+                  e.base ? fma(scale, acc[r][c], load(e.base + r * ldw + c * VL)) : acc[r][c]);
+}
+
+template <int C>
+static inline void outer_rows(int64_t rows, const Outer* t, int nt, int64_t n, float* dw, int64_t ldw, const Epilogue& e) {
+    switch (rows) {
+        case 1: return outer_tile<1, C>(t, nt, n, dw, ldw, e);
+        case 2: return outer_tile<2, C>(t, nt, n, dw, ldw, e);
+        case 3: return outer_tile<3, C>(t, nt, n, dw, ldw, e);
+        case 4: return outer_tile<4, C>(t, nt, n, dw, ldw, e);
+        case 5: return outer_tile<5, C>(t, nt, n, dw, ldw, e);
+        default: return outer_tile<6, C>(t, nt, n, dw, ldw, e);
+    }
+}
+
+// dw (or its epilogue), a share of the input rows of the packed weight
+static void backward_weight(const Call& c, const Outer* terms, int n_terms, float* dw, const float* base, const float* scale) {
+    const int64_t in = c.sizes[0], out = c.sizes[1];
+    const Share s = share(in, c);
+    const bool fused = base && c.last;
+    for (int64_t panel = 0; panel * kPanel < out; ++panel) {
+        const int64_t width = packed_width(panel, out);
+        for (int64_t k = s.begin; k < s.end; k += kRows) {
+            const int64_t rows = s.end - k < kRows ? s.end - k : kRows;
+            for (int64_t o = 0; o < width; o += kCols * VL) {
+                const int64_t at = panel * kPanel * in + k * width + o;
+                Outer here[2];
+                for (int t = 0; t < n_terms; ++t)
+                    here[t] = {terms[t].x + k, terms[t].ldx, terms[t].d + panel * kPanel + o, terms[t].ldd};
+                const Epilogue e = {c.first ? nullptr : dw + at, fused ? base + at : nullptr,
+                                    fused ? c.numbers[0] * (scale ? *scale : 1.f) : 1.f};
+                const int vectors = static_cast<int>((width - o < kCols * VL ? width - o : kCols * VL) / VL);
+                switch (vectors) {
+                    case 1: outer_rows<1>(rows, here, n_terms, c.n, dw + at, width, e); break;
+                    case 2: outer_rows<2>(rows, here, n_terms, c.n, dw + at, width, e); break;
+#if defined(__AVX512F__)
+                    case 3: outer_rows<3>(rows, here, n_terms, c.n, dw + at, width, e); break;
+                    default: outer_rows<4>(rows, here, n_terms, c.n, dw + at, width, e); break;
+#endif
+                }
+            }
+        }
+    }
+}
+
+static void backward_bias(const Call& c, const float* d, int64_t ldd, float* db) {
+    const Share s = share(pad_lane(c.sizes[1]) / kLane, c);
+    for (int64_t o = s.begin * kLane; o < s.end * kLane; o += VL) {
+        vec acc = c.first ? vec{} : load(db + o);
+        for (int64_t i = 0; i < c.n; ++i) acc += load(d + i * ldd + o);
+        store(db + o, acc);
+    }
+}
+
+void linear_bwd_weight(const Call& c) {
+    const Outer term = {c.f(0), c.stride(0), c.f(1), c.stride(1)};
+    if (c.f(2)) backward_weight(c, &term, 1, c.f(2), c.f(4), c.f(5));
+    if (c.f(3)) backward_bias(c, c.f(1), c.stride(1), c.f(3));
+}
+
+void linear_bwd_weight_jvp(const Call& c) {
+    const float *x = c.f(0), *dy = c.f(1), *xt = c.f(2), *dyt = c.f(3);
+    Outer terms[2];
+    int n = 0;
+    if (dyt) terms[n++] = {x, c.stride(0), dyt, c.stride(3)};
+    if (xt && dy) terms[n++] = {xt, c.stride(2), dy, c.stride(1)};
+    if (c.f(4)) backward_weight(c, terms, n, c.f(4), c.f(6), c.f(7));
+    if (c.f(5)) backward_bias(c, dyt, c.stride(3), c.f(5));
+}
+
+}  // namespace FASTMAML_ISA
+}  // namespace fastmaml

@@ -1,0 +1,249 @@
+"""Instructions to native kernels: which function of ``csrc/include/fastmaml/kernels.h`` runs an instruction, with which operands and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fastmaml.plan.instructions import Buffer, Instruction, Operand
+
+SMOOTH = ("tanh", "sigmoid", "exp", "elu", "gelu", "silu", "softplus")
+
+
+@dataclass(frozen=True)
+class Native:
+    """One native call. ``packed``: operands that must be packed weights; ``plain``: that must not; ``unpadded``: row operands that may have any stride."""
+
+    kernel: str
+    operands: tuple[Operand, ...]
+    sizes: tuple[int, ...] = ()
+    numbers: tuple[float, ...] = ()
+    packed: tuple[int, ...] = ()
+    plain: bool = False
+    unpadded: tuple[int, ...] = ()
+
+
+Buffers = Mapping[str, Buffer]
+
+
+def native(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    """The native call of an instruction. Raises NotImplementedError, saying what, where there is no kernel."""
+    op = instr.kernel.rsplit("_", 1)[0]
+    for stem in sorted(_TABLE, key=len, reverse=True):
+        if instr.kernel.startswith(stem + "_"):
+            op = stem
+            break
+    if op not in _TABLE:
+        raise NotImplementedError(f"{instr.kernel} has no native kernel yet")
+    return _TABLE[op](instr, buffers, extent)
+
+
+def same_layout(instr: Instruction, buffers: Buffers) -> list[Operand]:
+    """Operands of an elementwise instruction over whole arrays, which must share one memory layout."""
+    if instr.kernel in ("sgd_fwd", "sgd_bwd"):
+        rate = instr.inputs[-1]
+        return [*instr.inputs[:-1], *instr.outputs, *([rate] if buffers[rate.buffer].shape else [])]
+    if instr.kernel == "sgd_bwd_rate":
+        return [*instr.inputs[:2], *(([instr.inputs[2], *instr.outputs]) if instr.attrs["per_element"] else [])]
+    if instr.kernel == "axpy_fwd":
+        return [instr.inputs[0], instr.inputs[1], *instr.outputs]
+    if instr.kernel == "scale_fwd":
+        return [instr.inputs[0], *instr.outputs]
+    if instr.kernel in ("copy_fwd", "add_fwd"):
+        return [*instr.inputs, *instr.outputs]
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------------------- helpers
+def _buffer(ref: Operand, buffers: Buffers) -> Buffer:
+    return buffers[ref.buffer]
+
+
+def _width(ref: Operand, buffers: Buffers) -> int:
+    return _buffer(ref, buffers).numel
+
+
+def _first(instr: Instruction) -> Operand:
+    return next(ref for ref in (*instr.outputs, *instr.inputs) if ref is not None)
+
+
+def _linear(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    mode = instr.kernel.removeprefix("linear_")
+    refs, ins, outs = (*instr.inputs, *instr.outputs), instr.inputs, instr.outputs
+    packed = {"fwd": (1,), "jvp": (1, 3), "bwd_input": (1,), "bwd_input_jvp": (1, 3), "bwd_weight": (2,), "bwd_weight_jvp": (4,)}[mode]
+    if mode in ("fwd", "jvp"):
+        x, y = ins[0], outs[0]
+        unpadded = (0,) if mode == "fwd" else (0, 2)
+    elif mode in ("bwd_input", "bwd_input_jvp"):
+        x, y, unpadded = outs[0], next(ref for ref in (ins[0], ins[2] if mode == "bwd_input_jvp" else None) if ref), ()
+    else:
+        x, y = ins[0], next(ref for ref in (ins[1], *ins[3:]) if ref)
+        unpadded = (0,) if mode == "bwd_weight" else (0, 2)
+        refs = (*refs, None, None)  # base and scale of the epilogue
+    if len(_buffer(x, buffers).shape) != 1:
+        raise NotImplementedError(f"linear over samples of shape {list(_buffer(x, buffers).shape)} has no native kernel yet")
+    return Native(instr.kernel, refs, (_width(x, buffers), _width(y, buffers)), packed=packed, unpadded=unpadded)
+
+
+def _batchnorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    x = instr.inputs[0]
+    if instr.kernel != "batchnorm_running_fwd" and len(_buffer(x, buffers).shape) != 1:
+        raise NotImplementedError("batchnorm over images has no native kernel yet")
+    rows = instr.attrs["stat_rows"]
+    stat = 0 if rows is None else -1 if rows == extent else -2
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), (_width(x, buffers), stat), (instr.attrs["eps"],))
+
+
+def _relu(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    mode = instr.kernel.removeprefix("leaky_").removeprefix("relu_")
+    kernel = {"fwd": "relu_fwd", "replay": "relu_replay"}.get(mode, "relu_bwd")
+    refs = (*instr.inputs, *instr.outputs)
+    width = max(_width(ref, buffers) for ref in refs if ref)
+    return Native(kernel, refs, (width,), (instr.attrs.get("slope", 0.0),))
+
+
+def _smooth(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    refs, attrs = (*instr.inputs, *instr.outputs), instr.attrs
+    numbers = {"elu": ("alpha",), "softplus": ("beta", "threshold")}.get(instr.kernel.split("_")[0], ())
+    sizes = (_width(_first(instr), buffers), int(attrs.get("approximate") == "tanh"))
+    return Native(instr.kernel, refs, sizes, tuple(float(attrs[n]) for n in numbers), plain=_buffer(_first(instr), buffers).rows is None)
+
+
+def _loss(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    reduction = instr.attrs["reduction"]
+    code = {"mean": 0, "sum": 1}.get(reduction, 2)
+    numbers = (float(instr.attrs.get("label_smoothing", 0.0)), 1.0 if code < 2 else float(reduction))
+    return Native(
+        instr.kernel, (*instr.inputs, *instr.outputs), (_width(instr.inputs[0], buffers), code), numbers, unpadded=(1,)
+    )
+
+
+def _rows(instr: Instruction, buffers: Buffers) -> bool:
+    return _buffer(_first(instr), buffers).rows is not None
+
+
+def _sgd(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    per_element = instr.attrs.get("per_element", False)
+    if instr.kernel != "sgd_bwd_rate":
+        per_element = _buffer(instr.inputs[-1], buffers).shape != () and _buffer(instr.inputs[0], buffers).shape != ()
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), (_width(instr.inputs[0], buffers), int(per_element)))
+
+
+def _array(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    """axpy, scale, zero, copy: over whole arrays, or row by row."""
+    refs, width = (*instr.inputs, *instr.outputs), _width(instr.outputs[0], buffers)
+    numbers = (instr.attrs["sign"],) if "sign" in instr.attrs else ()
+    if not _rows(instr, buffers):
+        return Native(instr.kernel, refs, (width,), numbers)
+    stem = instr.kernel.removesuffix("_fwd")
+    return Native(f"{stem}_rows_fwd", refs, (width,), numbers, unpadded=(0, 1) if stem == "copy" else ())
+
+
+def _move(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    unpadded = (0, 1) if instr.kernel == "join_rows_fwd" else (0,)
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), (_width(instr.outputs[0], buffers),), unpadded=unpadded)
+
+
+# ------------------------------------------------------------------------------------------------------------------- expressions
+def _axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) > 4:
+        raise NotImplementedError(f"a weight expression over {len(shape)} axes has no native kernel yet")
+    return (1,) * (4 - len(shape)) + tuple(shape)
+
+
+def _bits(shape: tuple[int, ...], whole: tuple[int, ...]) -> int:
+    """Axes on which ``shape`` is broadcast to ``whole``."""
+    return sum(1 << a for a, (p, q) in enumerate(zip(_axes(shape), _axes(whole), strict=True)) if p == 1 and q != 1)
+
+
+def _expression(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    """add and mul of weights (broadcasting), add of rows."""
+    op, _, mode = instr.kernel.partition("_")
+    shape = lambda ref: buffers[ref.buffer].shape  # noqa: E731
+    if op == "add" and mode in ("fwd", "jvp"):
+        (x, y), z = instr.inputs, instr.outputs[0]
+        if _rows(instr, buffers):
+            return Native("add_rows_fwd", (x, y, z), (_width(z, buffers),))
+        if mode == "fwd" and shape(x) == shape(y):
+            return Native("add_fwd", (x, y, z), (_width(z, buffers),))
+        bits = [0 if ref is None else _bits(shape(ref), shape(z)) for ref in (x, y)]
+        return Native("add_expr_fwd", (x, y, z), (*_axes(shape(z)), *bits), plain=True)
+    if op == "add":
+        dz, dx = instr.inputs[0], instr.outputs[0]
+        return Native("sum_expr", (dz, None, None, None, dx), (*_axes(shape(dz)), _bits(shape(dx), shape(dz)), 0), plain=True)
+    if mode in ("fwd", "jvp"):
+        x, y, z = instr.inputs[0], instr.inputs[1], instr.outputs[0]
+        sizes = (*_axes(shape(z)), _bits(shape(x), shape(z)), _bits(shape(y), shape(z)))
+        return Native(f"mul_expr_{mode}", (*instr.inputs, z), sizes, plain=True)
+    x, y, dz = instr.inputs[:3]
+    mine, other = (x, y) if instr.attrs["operand"] == 0 else (y, x)
+    whole = tuple(max(p, q) for p, q in zip(_axes(shape(x)), _axes(shape(y)), strict=True))
+    sizes = (*whole, _bits(shape(mine), whole), _bits(shape(other), whole))
+    if mode == "bwd":
+        return Native("sum_expr", (dz, other, None, None, instr.outputs[0]), sizes, plain=True)
+    other_t, dzt = instr.inputs[3:]
+    first = (dzt, other) if dzt else (None, None)
+    second = (dz, other_t) if other_t else (None, None)
+    return Native("sum_expr", (*first, *second, instr.outputs[0]), sizes, plain=True)
+
+
+def _matmul(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    mode, z = instr.kernel.removeprefix("matmul_"), instr.outputs[0]
+    x, y, *rest = instr.inputs
+    (m, k), n = buffers[x.buffer].shape, buffers[y.buffer].shape[1]
+    if mode == "fwd":
+        return Native("matmul_fwd", (x, y, None, None, z), (m, n, k, 0), plain=True)
+    if mode == "jvp":
+        return Native("matmul_fwd", (rest[0], y, x, rest[1], z), (m, n, k, 0), plain=True)
+    dz, other_t, dzt = (rest[0], None, rest[0]) if mode == "bwd" else rest
+    if instr.attrs["operand"] == 0:
+        return Native("matmul_fwd", (dzt, y, dz if other_t else None, other_t, z), (m, k, n, 2), plain=True)
+    return Native("matmul_fwd", (x, dzt, other_t, dz if other_t else None, z), (k, n, m, 1), plain=True)
+
+
+def _transpose(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    x, y = instr.inputs[0], instr.outputs[0]
+    return Native("transpose_fwd", (x, y), buffers[x.buffer].shape, plain=True)
+
+
+def _slice(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    a, (x,), (y,) = instr.attrs, instr.inputs, instr.outputs
+    if buffers[y.buffer].rows:
+        raise NotImplementedError("a slice of samples has no native kernel yet")
+    shape, dim = a["input_shape"], a["dim"]
+    outer = inner = 1
+    for s in shape[:dim]:
+        outer *= s
+    for s in shape[dim + 1 :]:
+        inner *= s
+    kernel = "slice_bwd" if "bwd" in instr.kernel else "slice_fwd"
+    return Native(kernel, (x, y), (outer, shape[dim], a["start"], a["stop"] - a["start"], inner), plain=True)
+
+
+def _reshape(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    """Rows keep their memory; the lowering makes them aliases where it may, this copies."""
+    x, y = instr.inputs[0], instr.outputs[0]
+    if buffers[y.buffer].rows:
+        return Native("copy_rows_fwd", (x, y), (_width(y, buffers),), unpadded=(0, 1))
+    return Native("copy_fwd", (x, y), (_width(y, buffers),), plain=True)
+
+
+_TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
+    "linear": _linear,
+    "batchnorm": _batchnorm,
+    "relu": _relu,
+    "leaky_relu": _relu,
+    **{name: _smooth for name in SMOOTH},
+    "cross_entropy": _loss,
+    "mse": _loss,
+    "sgd": _sgd,
+    **{name: _array for name in ("axpy", "scale", "zero", "copy")},
+    "join_rows": _move,
+    "query_rows": _move,
+    "add": _expression,
+    "mul": _expression,
+    "matmul": _matmul,
+    "transpose": _transpose,
+    "slice": _slice,
+    "reshape": _reshape,
+}

@@ -1,0 +1,432 @@
+"""Plan -> the flat numbers that ``fastmaml._cpu`` walks: layouts, addresses, native calls. Nothing here knows of meta-learning.
+
+Rows are padded to LANE floats. A weight that a linear layer reads is kept packed (csrc/include/fastmaml/plan.h), and so is everything elementwise with
+it (its trajectory, gradients, rates); expressions work on plain arrays, with conversions in between. A lowering is made for one capacity:
+the largest task of the batch.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from fastmaml.executors.cpu_kernels import Native, native, same_layout
+from fastmaml.plan.instructions import Buffer, Group, Instruction, Phase, Plan, Ref
+from fastmaml.plan.memory import arena_layout
+
+LANE, ALIGN = 16, 64
+BLOCK_BYTES = 512 * 1024  # what one block of rows of a group may occupy: half of a small L2
+HOMES = {"meta": 0, "task": 1, "run": 2, "scratch": 2, "block": 2}
+ROWS = {None: 0, "support": 1, "query": 2, "joint": 3}
+
+
+def pad(n: int, to: int = LANE) -> int:
+    return -(-n // to) * to
+
+
+@dataclass
+class Step:
+    """A native call inside a group, before addresses are known."""
+
+    call: Native
+    rows: str | None
+
+
+@dataclass(frozen=True)
+class Port:
+    name: str
+    words: tuple[int, ...]
+
+
+class Lowering:
+    """``words`` for ``_cpu.Plan``, and where the caller's arrays go.
+
+    task_buffers   names in the order in which pointers are expected
+    inputs         meta-home inputs (leaves, rates, weights), in order;  outputs: gradients, in order
+    kept_bytes     per task, of buffers that stay between the halves or are results: name -> bytes
+    """
+
+    def __init__(self, plan: Plan, capacity: Mapping[str, int], kernel_ids: Mapping[str, int], block_rows: int | None = None) -> None:
+        self.plan, self.capacity, self.kernel_ids, self.block_rows = plan, dict(capacity), kernel_ids, block_rows
+        self.buffers: dict[str, Buffer] = dict(plan.buffers)
+        self.alias: dict[str, str] = {}
+        self._aliases()
+        self._layouts()
+        self.phases = [self._phase(phase) for phase in plan.schedule]
+        self._import_task_leaves()
+        for _, groups in self.phases:
+            self._fuse(groups)
+        self._addresses()
+        self.words = self._words()
+
+    # ------------------------------------------------------------------------------------------------- names and layouts
+    def _name(self, name: str) -> str:
+        while name in self.alias:
+            name = self.alias[name]
+        return name
+
+    def _aliases(self) -> None:
+        """Reshaped rows are the same memory, unless somebody writes them a second time."""
+        writers: dict[str, int] = {}
+        for _, instr in self.plan.instructions():
+            for ref in instr.writes():
+                writers[ref.buffer] = writers.get(ref.buffer, 0) + 1
+        for _, instr in self.plan.instructions():
+            if instr.kernel.startswith("reshape_"):
+                x, y = self.buffers[instr.inputs[0].buffer], self.buffers[instr.outputs[0].buffer]
+                once = writers[y.name] == 1 and writers.get(x.name, 0) <= 1
+                if x.rows and once and x.steps == y.steps and y.name not in self.plan.results:
+                    self.alias[y.name] = x.name
+                    if x.home == "block" or (x.home == "scratch" and y.home == "run"):  # lives as long as its longest-lived name
+                        self.buffers[x.name] = replace(x, home=y.home)
+
+    def _layouts(self) -> None:
+        """Packed: every array that is, or is elementwise with, the weight of a linear layer."""
+        parent: dict[str, str] = {}
+
+        def find(name: str) -> str:
+            while parent.setdefault(name, name) != name:
+                name = parent[name]
+            return name
+
+        def join(names: Iterable[str]) -> None:
+            names = [n for n in names if self.buffers[n].rows is None and not self._plain_result(n)]
+            for name in names[1:]:
+                parent[find(name)] = find(names[0])
+
+        weights: set[str] = set()
+        for _, instr in self.plan.instructions():
+            join(ref.buffer for ref in same_layout(instr, self.buffers) if ref)
+            if instr.kernel.startswith("linear_"):
+                call = native(instr, self.buffers, None)
+                weights.update(call.operands[i].buffer for i in call.packed if call.operands[i])
+        for buffer in self.buffers.values():
+            if buffer.first:
+                join([buffer.name, buffer.first])
+        for reduction in self.plan.reductions:
+            join([reduction.source.buffer, reduction.target])
+        roots = {find(name) for name in weights}
+        self.packed = {n for n, b in self.buffers.items() if len(b.shape) == 2 and not b.rows and find(n) in roots}
+
+    def _plain_result(self, name: str) -> bool:
+        """Results of a task leave in the model's own layout."""
+        return self.buffers[name].home == "task" and name in self.plan.results
+
+    # ------------------------------------------------------------------------------------------------- instructions
+    def _phase(self, phase: Phase) -> tuple[Phase, list[tuple[str | None, list[Step]]]]:
+        groups = []
+        for name in phase.segments:
+            for group in self.plan.segments[name].groups:
+                groups.append((group.rows, list(self._group(group, "meta" if phase.scope == "meta" else "run"))))
+        return phase, groups
+
+    def _group(self, group: Group, home: str) -> Iterable[Step]:
+        for instr in group.instructions:
+            if instr.kernel.startswith("reshape_") and self._name(instr.outputs[0].buffer) == self._name(instr.inputs[0].buffer):
+                continue
+            yield from self._convert(instr, group.rows, home)
+
+    def _temporary(self, tag: str, like: Buffer, home: str) -> Ref:
+        name = f"{like.name}.{tag}.{home}"
+        self.buffers.setdefault(name, Buffer(name, like.shape, like.rows, like.kind, home))
+        return Ref(name)
+
+    def _convert(self, instr: Instruction, rows: str | None, home: str) -> Iterable[Step]:
+        """The native call, with packing, unpacking and padding around it where an operand lies in another form than the kernel reads."""
+        call = native(instr, self.buffers, rows)
+        before, after, operands = [], [], list(call.operands)
+        outputs = {id(ref) for ref in instr.outputs if ref is not None}
+        for i, ref in enumerate(operands):
+            if ref is None:
+                continue
+            buffer = self.buffers[self._name(ref.buffer)]
+            is_output = id(ref) in outputs
+            if buffer.rows and i not in call.unpadded and self._unpadded(buffer):
+                temporary = self._temporary("padded", buffer, home)
+                copy = Native("copy_rows_fwd", (temporary, ref) if is_output else (ref, temporary), (buffer.numel,))
+                (after if is_output else before).append(Step(self._sized(copy), rows))
+                operands[i] = temporary
+            elif not buffer.rows and len(buffer.shape) == 2 and (call.plain and ref.buffer in self.packed):
+                temporary = self._temporary("plain", buffer, home)
+                shape = (buffer.shape[1], buffer.shape[0])
+                convert = Native("pack_fwd", (temporary, ref), shape) if is_output else Native("unpack_fwd", (ref, temporary), shape)
+                (after if is_output else before).append(Step(convert, None))
+                operands[i] = temporary
+        call = replace(call, operands=tuple(operands))
+        if call.kernel == "copy_fwd":
+            call = self._copy(call)
+        yield from before
+        yield Step(self._sized(call), rows)
+        yield from after
+
+    def _copy(self, call: Native) -> Native:
+        """A copy between a packed and a plain array is a conversion."""
+        x, y = call.operands
+        shape = self.buffers[x.buffer].shape
+        if (x.buffer in self.packed) == (y.buffer in self.packed):
+            return call
+        return Native("unpack_fwd" if x.buffer in self.packed else "pack_fwd", (x, y), (shape[1], shape[0]))
+
+    def _sized(self, call: Native) -> Native:
+        """Elementwise kernels walk the stored floats (packed arrays have padding of their own); row copies say what is padded."""
+        if call.kernel in ("sgd_fwd", "sgd_bwd", "sgd_bwd_rate", "axpy_fwd", "scale_fwd", "add_fwd", "zero_fwd", "copy_fwd"):
+            ref = next(ref for ref in call.operands if ref is not None)
+            scalar = (1,) if call.kernel in ("axpy_fwd", "scale_fwd") and self.buffers[ref.buffer].shape == () else ()
+            return replace(call, sizes=(self._floats(self.buffers[ref.buffer]), *call.sizes[1:], *scalar))
+        if call.kernel == "copy_rows_fwd":
+            flags = [int(self._unpadded(self.buffers[self._name(ref.buffer)])) for ref in call.operands]
+            return replace(call, sizes=(call.sizes[0], *flags))
+        return call
+
+    def _unpadded(self, buffer: Buffer) -> bool:
+        """Arrays that lie in the caller's memory have no padding."""
+        return self._outside(buffer) and buffer.kind == "real" and buffer.numel % LANE != 0
+
+    def _outside(self, buffer: Buffer) -> bool:
+        """In the caller's memory (recorded masks are not: they are read out of the workspace)."""
+        return buffer.home == "task" and (
+            buffer.name in self.plan.inputs or (buffer.name in self.plan.results and buffer.kind == "real")
+        )
+
+    def _import_task_leaves(self) -> None:
+        """Weights of a task's own come plain and unpadded: brought into the run's memory first."""
+        steps = []
+        for name in self.plan.inputs:
+            buffer = self.plan.buffers[name]
+            if buffer.home == "task" and buffer.rows is None:
+                own = f"{name}.own"
+                self.buffers[own] = replace(buffer, name=own, home="run")
+                if name in self.packed:
+                    self.packed.add(own)
+                    steps.append(Step(Native("pack_fwd", (Ref(name), Ref(own)), (buffer.shape[1], buffer.shape[0])), None))
+                else:
+                    flags = (1, 0)
+                    steps.append(Step(Native("copy_rows_fwd", (Ref(name), Ref(own)), (buffer.numel, *flags)), None))
+                self._rename(name, own)
+        if steps:
+            first = next(i for i, (phase, _) in enumerate(self.phases) if phase.scope == "task")
+            self.phases.insert(first, (Phase((), "task"), [(None, steps)]))
+
+    def _rename(self, old: str, new: str) -> None:
+        for _, groups in self.phases:
+            for _, steps in groups:
+                for step in steps:
+                    refs = tuple(Ref(new, r.shift) if r is not None and r.buffer == old else r for r in step.call.operands)
+                    step.call = replace(step.call, operands=refs)
+        for name, buffer in self.buffers.items():
+            if buffer.first == old:
+                self.buffers[name] = replace(buffer, first=new)
+
+    # ------------------------------------------------------------------------------------------------- fusion
+    def _fuse(self, groups: list[tuple[str | None, list[Step]]]) -> None:
+        """bwd_weight + sgd, bwd_weight_jvp + axpy: the product is added to what it is for, and is never stored itself."""
+        steps = [(g, step) for g, (_, members) in enumerate(groups) for step in members]
+        for i, (g, step) in enumerate(steps):
+            slot = {"linear_bwd_weight": 2, "linear_bwd_weight_jvp": 4}.get(step.call.kernel)
+            if slot is None or step.call.operands[slot] is None or self._block(groups[g][0], groups[g][1]):
+                continue
+            dw = step.call.operands[slot]
+            readers = self._readers(dw.buffer)
+            later = [(j, s) for j, (_, s) in enumerate(steps) if j > i and dw in s.call.operands]
+            if len(readers) != 1 or len(later) != 1 or self.buffers[dw.buffer].steps or dw.buffer in self.plan.results:
+                continue
+            j, consumer = later[0]
+            target = self._update(consumer.call, dw)
+            if target is None:
+                continue
+            base, scale, out, sign = target
+            between = [r.buffer for _, s in steps[i + 1 : j] for r in s.call.operands if r is not None]
+            if out.buffer in between or (base.buffer in between and base != out and self._written(base, steps[i + 1 : j])):
+                continue
+            operands = list(step.call.operands)
+            operands[slot], operands[-2], operands[-1] = out, base, scale
+            step.call = replace(step.call, operands=tuple(operands), numbers=(sign,))
+            groups[steps[j][0]][1].remove(consumer)
+            steps[j] = (steps[j][0], Step(Native("zero_fwd", ()), None))
+
+    def _readers(self, name: str) -> list[str]:
+        return [instr.kernel for _, instr in self.plan.instructions() if any(r.buffer == name for r in instr.reads())]
+
+    @staticmethod
+    def _written(ref: Ref, steps: list[tuple[int, Step]]) -> bool:
+        return any(ref in step.call.operands for _, step in steps)
+
+    def _update(self, call: Native, dw: Ref) -> tuple[Ref, Ref | None, Ref, float] | None:
+        """(base, scale, out, sign) if the call adds ``dw`` to something with a scalar factor."""
+        if call.kernel == "sgd_fwd" and not call.sizes[1] and call.operands[1] == dw:
+            theta, _, rate, out = call.operands
+            return theta, rate, out, -1.0
+        if call.kernel == "axpy_fwd" and call.operands[1] == dw and call.operands[0] == call.operands[3]:
+            acc, _, scale, out = call.operands
+            return acc, scale, out, call.numbers[0]
+        return None
+
+    # ------------------------------------------------------------------------------------------------- addresses
+    def _stride(self, buffer: Buffer) -> int:
+        """Bytes from one row to the next (of the whole array without rows)."""
+        if buffer.kind == "label":
+            return 8
+        if self._outside(buffer):
+            if buffer.rows or buffer.name in self.plan.inputs or buffer.shape == ():
+                return 4 * buffer.numel
+        return pad(buffer.numel) * (1 if buffer.kind == "mask" else 4) if buffer.name not in self.packed else 4 * self._floats(buffer)
+
+    def _floats(self, buffer: Buffer) -> int:
+        if buffer.name in self.packed:
+            return buffer.shape[1] * pad(buffer.shape[0])
+        return pad(buffer.numel)
+
+    def _block(self, rows: str | None, steps: list[Step]) -> int:
+        """Rows of one block of a group; 0: all at once."""
+        if rows is None:
+            return 0
+        if self.block_rows is not None:
+            block = self.block_rows
+        else:
+            names = {self._name(r.buffer) for s in steps for r in s.call.operands if r is not None}
+            each = sum(self._stride(self.buffers[n]) for n in names if self.buffers[n].rows)
+            block = max(LANE, BLOCK_BYTES // max(each, 1))
+        return 0 if block >= self.capacity[rows] else block
+
+    def _bytes(self, buffer: Buffer) -> int:
+        """Of one slot."""
+        rows = 1 if buffer.rows is None else self.capacity[buffer.rows]
+        return rows * self._stride(buffer)
+
+    def _slots(self, buffer: Buffer) -> int:
+        return max(buffer.steps, 1)
+
+    def _addresses(self) -> None:
+        self.at: dict[str, tuple[int, int, int]] = {}  # home, task buffer, offset
+        self.task_buffers: list[str] = []
+        size = {"meta": 0, "run": 0}
+        used = {self._name(r.buffer) for _, gs in self.phases for _, ss in gs for s in ss for r in s.call.operands if r is not None}
+        used |= {n for r in self.plan.reductions for n in (r.source.buffer, r.target)} | set(self.plan.inputs) | set(self.plan.results)
+        used |= {b.first for n in used if (b := self.buffers[n]).first}
+        for name, buffer in self.buffers.items():
+            if name not in used or name in self.alias:
+                continue
+            if buffer.home == "task":
+                self.at[name] = (1, len(self.task_buffers), 0)
+                self.task_buffers.append(name)
+            elif buffer.home in size:
+                self.at[name] = (HOMES[buffer.home], 0, size[buffer.home])
+                skipped = 1 if buffer.first else 0  # slot 0 lies in another buffer
+                self.at[name] = (HOMES[buffer.home], 0, size[buffer.home] - skipped * pad(self._bytes(buffer), ALIGN))
+                size[buffer.home] += (self._slots(buffer) - skipped) * pad(self._bytes(buffer), ALIGN)
+        arena = replace(self.plan, buffers={**self.plan.buffers, **{n: self.buffers[n] for n in self.plan.buffers}}, segments=self._aliased())
+        offsets, arena_bytes = arena_layout(arena, self._bytes, ALIGN)
+        for name, offset in offsets.items():
+            self.at[name] = (HOMES["run"], 0, size["run"] + offset)
+        self.meta_bytes, self.run_bytes = pad(size["meta"], ALIGN), pad(size["run"] + arena_bytes, ALIGN)
+
+    def _aliased(self) -> Mapping[str, object]:
+        """The Plan's segments under the names that own memory."""
+
+        def rename(refs):
+            return tuple(None if r is None else Ref(self._name(r.buffer), r.shift) for r in refs)
+
+        return {
+            name: replace(
+                segment,
+                groups=tuple(
+                    Group(tuple(Instruction(i.kernel, rename(i.inputs), rename(i.outputs), i.attrs) for i in g.instructions), g.rows)
+                    for g in segment.groups
+                ),
+            )
+            for name, segment in self.plan.segments.items()
+        }
+
+    def _step_stride(self, buffer: Buffer) -> int:
+        if not buffer.steps:
+            return 0
+        if buffer.home == "task" and buffer.name in self.plan.results and buffer.shape == () and not buffer.rows:
+            return 4
+        return pad(self._bytes(buffer), ALIGN)
+
+    def _operand(self, ref: Ref | None) -> list[int]:
+        if ref is None:
+            return [0]
+        buffer = self.buffers[self._name(ref.buffer)]
+        home, task_buffer, offset = self.at[buffer.name]
+        if buffer.home == "task" and buffer.first:
+            offset = -self._step_stride(buffer)
+        rows = ROWS[buffer.rows]
+        words = [1, 0, home, rows, task_buffer, ref.shift, offset, self._step_stride(buffer), self._stride(buffer), int(bool(buffer.first))]
+        if buffer.steps == 0:
+            words[5] = 0
+        if buffer.first:
+            first_home, first_task, first_offset = self.at[buffer.first]
+            words += [first_home, first_task, first_offset]
+        return words
+
+    def kept_bytes(self, name: str) -> int:
+        """Bytes per task of a task-home buffer that is not the caller's."""
+        buffer = self.buffers[name]
+        slots = self._slots(buffer) - (1 if buffer.first else 0)
+        if buffer.steps:
+            return slots * self._step_stride(buffer)
+        return self._bytes(buffer)
+
+    # ------------------------------------------------------------------------------------------------- out
+    def _words(self) -> list[int]:
+        words = [self.meta_bytes, self.run_bytes]
+        reductions, floats = [], 0
+        for r in self.plan.reductions:
+            buffer = self.buffers[r.source.buffer]
+            count = self._slots(buffer) * pad(self._bytes(buffer), ALIGN) // 4 if buffer.steps else self._floats(buffer)
+            reductions += [*self._operand(r.source), self.at[r.target][2], count, floats]
+            floats += count
+        words += [floats, self.plan.entries, len(self.task_buffers)]
+        for name in self.task_buffers:
+            buffer = self.buffers[name]
+            rows = ROWS[buffer.rows] if self._outside(buffer) else 0
+            words += [rows, self._stride(buffer) if rows else self.kept_bytes(name)]
+        self.inputs = [n for n in self.plan.inputs if self.buffers[n].home == "meta"]
+        self.outputs = [n for n in self.plan.results if self.buffers[n].home == "meta"]
+        for ports in (self.inputs, self.outputs):
+            words.append(len(ports))
+            for name in ports:
+                words += self._port(self.buffers[name])
+        words += [len(self.plan.reductions), *reductions, *self._checked(), len(self.phases)]
+        for phase, groups in self.phases:
+            words += [int(phase.scope == "meta"), phase.half, phase.start, phase.stop, phase.stride, len(groups)]
+            for rows, steps in groups:
+                words += [ROWS[rows], self._block(rows, steps), len(steps)]
+                for step in steps:
+                    words += self._call(step.call)
+        return words
+
+    def _port(self, buffer: Buffer) -> list[int]:
+        packed = buffer.name in self.packed
+        rows, cols = buffer.shape if packed else (1, buffer.numel)
+        return [self.at[buffer.name][2], int(packed), rows, cols, self._slots(buffer), self._step_stride(buffer)]
+
+    def _checked(self) -> list[int]:
+        words, count = [], 0
+        self.first_slot: dict[str, int] = {}  # of what has a step axis but does not begin at step 0
+        for name in ("loss.support", "loss.query"):
+            if name in self.at:
+                steps = self.buffers[name].steps
+                slots = [k for phase, _ in self.phases for k in phase.steps() if self._writes(phase, name)] if steps else [0]
+                words += [*self._operand(Ref(name)), min(slots), max(slots) + 1]
+                self.first_slot[name] = min(slots)
+                count += 1
+        return [count, *words]
+
+    def _writes(self, phase: Phase, name: str) -> bool:
+        return any(r.buffer == name for s in phase.segments for i in self.plan.segments[s].instructions for r in i.writes())
+
+    def _call(self, call: Native) -> list[int]:
+        words = [self.kernel_ids[call.kernel], len(call.operands)]
+        for ref in call.operands:
+            words += self._operand(ref)
+        numbers = [struct.unpack("<i", struct.pack("<f", n))[0] for n in call.numbers]
+        return [*words, len(call.sizes), *call.sizes, len(numbers), *numbers]
+
+
+def rows_capacity(support: int, query: int) -> dict[str, int]:
+    return {"support": support, "query": query, "joint": support + query}
+
+

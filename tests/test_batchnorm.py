@@ -1,0 +1,214 @@
+"""batchnorm_*: every kernel, tier and combination of absent operands; statistics over all rows, over the support's, over none (running)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import SHAPES, TIERS, Case, exact, normal, out, rows, vector
+from torch import Tensor
+
+EPS = exact(1e-5)
+tiers = pytest.mark.parametrize("tier", TIERS)
+STATISTICS = {"batch": -1, "support": -2, "count": 1, "running": 0}  # sizes[1]; "count": the support's rows, as a number
+statistics = pytest.mark.parametrize("statistic", STATISTICS)
+
+
+def case(kernel: str, inputs: list, outputs: list, n: int, c: int, statistic: str = "batch") -> Case:
+    support = n // 2 + 1
+    size = support if statistic == "count" else STATISTICS[statistic]
+    extent = {"batch": "joint", "support": "support", "count": "support", "running": None}[statistic]
+    attrs = {"eps": EPS, "stat_rows": extent}
+    return Case(kernel, inputs, outputs, n, [c, size], [EPS], attrs, support=support)
+
+
+def point(n: int, c: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x and statistics of about its own."""
+    x = normal(n, c, seed=1, shift=0.5)
+    return x, normal(c, seed=2, scale=0.1, shift=0.5), normal(c, seed=3, scale=0.1, shift=1.2)
+
+
+def combinations(*names: str) -> list[frozenset[str]]:
+    return [frozenset(s) for k in range(len(names) + 1) for s in itertools.combinations(names, k)]
+
+
+def named(given: frozenset[str]) -> str:
+    return "+".join(sorted(given)) or "none"
+
+
+def parametrize(sets: list[frozenset[str]]):
+    return pytest.mark.parametrize("given", sets, ids=named)
+
+
+class Given:
+    """Operands that are there only where their name is."""
+
+    def __init__(self, given: frozenset[str], n: int, c: int) -> None:
+        self.given, self.n, self.c, self.seed = given, n, c, 10
+
+    def rows(self, name: str):
+        self.seed += 1
+        return rows(normal(self.n, self.c, seed=self.seed)) if name in self.given else None
+
+    def vector(self, name: str, scale: float = 1.0, shift: float = 0.0):
+        self.seed += 1
+        return vector(normal(self.c, seed=self.seed, scale=scale, shift=shift)) if name in self.given else None
+
+
+@tiers
+@pytest.mark.parametrize("shift", [0.0, 100.0], ids=["centred", "far"])
+@pytest.mark.parametrize("statistic", ["batch", "support", "count"])
+def test_stats_fwd(tier: str, statistic: str, shift: float) -> None:
+    blocks = (None, 4) if shift else (None, 1, 4)
+    for n, c in SHAPES:
+        x = normal(n, c, shift=shift)
+        case("batchnorm_stats_fwd", [rows(x)], [out("vector", c), out("vector", c)], n, c, statistic).check(tier, blocks)
+
+
+@tiers
+def test_stats_of_constant_columns(tier: str) -> None:
+    x = torch.full((23, 7), exact(0.1)) * torch.arange(7)
+    for block in (None, 1, 4):
+        mean, rstd = case("batchnorm_stats_fwd", [rows(x)], [out("vector", 7), out("vector", 7)], 23, 7).run(tier, block)
+        torch.testing.assert_close(mean, x[0], rtol=2e-7, atol=0)
+        torch.testing.assert_close(rstd, torch.full((7,), EPS**-0.5), rtol=1e-6, atol=0)
+
+
+@tiers
+def test_stats_ignore_the_rows_behind(tier: str) -> None:
+    x = normal(23, 7)
+    x[12:] = float("nan")
+    for block in (None, 1, 4, 12, 13):
+        made = case("batchnorm_stats_fwd", [rows(x)], [out("vector", 7), out("vector", 7)], 23, 7, "support")
+        made.judge(made.run(tier, block))
+
+
+@tiers
+def test_many_rows(tier: str) -> None:
+    n, c = 1000, 7
+    x, xt, mean, rstd = normal(n, c, shift=3.0), normal(n, c, seed=4, shift=1.0), torch.full((c,), 3.0), torch.ones(c)
+    pair, blocks = [out("vector", c), out("vector", c)], (None, 64, 300)
+    case("batchnorm_stats_fwd", [rows(x)], pair, n, c).check(tier, blocks)
+    lead = [rows(x), vector(mean), vector(rstd)]
+    case("batchnorm_stats_jvp", [*lead, rows(xt)], pair, n, c).check(tier, blocks)
+    case("batchnorm_bwd_stats", [*lead, rows(xt)], pair, n, c).check(tier, blocks)
+
+
+@tiers
+def test_running_fwd(tier: str) -> None:
+    for _, c in SHAPES[:5]:
+        mean, var = normal(c), normal(c, seed=1).abs()
+        case("batchnorm_running_fwd", [vector(mean), vector(var)], [out("vector", c), out("vector", c)], 1, c).check(tier)
+
+
+@tiers
+def test_padding_survives_without_eps(tier: str) -> None:
+    """1 / sqrt(0) in the padding would turn into NaN further on."""
+    x = normal(5, 7)
+    made = case("batchnorm_stats_fwd", [rows(x)], [out("vector", 7), out("vector", 7)], 5, 7)
+    made.numbers = [0.0]
+    made.attrs = {"eps": 0.0, "stat_rows": "joint"}
+    made.check(tier)
+
+
+@tiers
+@pytest.mark.parametrize("statistic", ["batch", "support", "count"])
+def test_stats_jvp(tier: str, statistic: str) -> None:
+    for n, c in SHAPES:
+        lead = [rows(normal(n, c, seed=1)), vector(normal(c, seed=2)), vector(normal(c, seed=3, scale=0.1, shift=1.0))]
+        inputs = [*lead, rows(normal(n, c, seed=4))]
+        case("batchnorm_stats_jvp", inputs, [out("vector", c), out("vector", c)], n, c, statistic).check(tier)
+
+
+@tiers
+@parametrize(combinations("gamma", "beta"))
+def test_fwd(tier: str, given: frozenset[str]) -> None:
+    for n, c in SHAPES:
+        x, mean, rstd = point(n, c)
+        g = Given(given, n, c)
+        inputs = [rows(x), vector(mean), vector(rstd), g.vector("gamma"), g.vector("beta")]
+        whole = case("batchnorm_fwd", inputs, [out("rows", n, c)], n, c).check(tier, elementwise=True)
+        in_place = case("batchnorm_fwd", inputs, [out("rows", n, c, over=0)], n, c).run(tier, 4)
+        assert torch.equal(whole[0], in_place[0])
+
+
+TANGENTS = [frozenset(), frozenset({"xt"}), frozenset({"xt", "meant", "rstdt"})]
+JVP = [a | b for a in TANGENTS for b in combinations("gamma", "gammat", "betat") if a | (b - {"gamma"})]
+
+
+@tiers
+@parametrize(JVP)
+def test_jvp(tier: str, given: frozenset[str]) -> None:
+    for n, c in SHAPES:
+        x, mean, rstd = point(n, c)
+        g = Given(given, n, c)
+        lead = [rows(x), vector(mean), vector(rstd), g.vector("gamma"), g.rows("xt")]
+        inputs = [*lead, *map(g.vector, ("meant", "rstdt", "gammat", "betat"))]
+        whole = case("batchnorm_jvp", inputs, [out("rows", n, c)], n, c).check(tier, elementwise=True)
+        if "xt" in given:
+            assert torch.equal(whole[0], case("batchnorm_jvp", inputs, [out("rows", n, c, over=4)], n, c).run(tier, 4)[0])
+
+
+@tiers
+def test_bwd_stats(tier: str) -> None:
+    for n, c in SHAPES:
+        x, mean, rstd = point(n, c)
+        inputs = [rows(x), vector(mean), vector(rstd), rows(normal(n, c, seed=4))]
+        case("batchnorm_bwd_stats", inputs, [out("vector", c), out("vector", c)], n, c).check(tier)
+
+
+BWD_STATS = [a | b for a in TANGENTS for b in combinations("dy", "dyt") if ("dyt" in b) or (a and "dy" in b)]
+
+
+@tiers
+@parametrize(BWD_STATS)
+@pytest.mark.parametrize("wanted", ["both", "s1t", "s2t"])
+def test_bwd_stats_jvp(tier: str, given: frozenset[str], wanted: str) -> None:
+    for n, c in SHAPES:
+        x, mean, rstd = point(n, c)
+        g = Given(given, n, c)
+        lead = [rows(x), vector(mean), vector(rstd), g.rows("dy"), g.rows("xt")]
+        inputs = [*lead, g.vector("meant"), g.vector("rstdt"), g.rows("dyt")]
+        outputs = [out("vector", c) if wanted in ("both", name) else None for name in ("s1t", "s2t")]
+        case("batchnorm_bwd_stats_jvp", inputs, outputs, n, c).check(tier)
+
+
+@tiers
+@statistics
+@parametrize(combinations("gamma"))
+def test_bwd_input(tier: str, statistic: str, given: frozenset[str]) -> None:
+    for n, c in SHAPES:
+        x, mean, rstd = point(n, c)
+        g = Given(given | {"dy", "s1", "s2"}, n, c)
+        inputs = [rows(x), vector(mean), vector(rstd), g.vector("gamma"), g.rows("dy"), g.vector("s1"), g.vector("s2")]
+        whole = case("batchnorm_bwd_input", inputs, [out("rows", n, c)], n, c, statistic).check(tier, elementwise=True)
+        in_place = case("batchnorm_bwd_input", inputs, [out("rows", n, c, over=4)], n, c, statistic).run(tier, 4)
+        assert torch.equal(whole[0], in_place[0])
+
+
+PRIMAL = [frozenset(), frozenset({"dy", "s1", "s2"})]
+BWD_INPUT = [
+    a | b | d | e
+    for a in TANGENTS
+    for b in (frozenset(), frozenset({"gamma"}), frozenset({"gamma", "gammat"}))
+    for d in PRIMAL
+    for e in (frozenset(), frozenset({"s1t", "s2t"}), frozenset({"dyt", "s1t", "s2t"}))
+    if "dyt" in e or (d and (a or "gammat" in b) and (bool(a) == bool(e)))
+]
+
+
+@tiers
+@statistics
+@parametrize(BWD_INPUT)
+def test_bwd_input_jvp(tier: str, statistic: str, given: frozenset[str]) -> None:
+    for n, c in SHAPES:
+        x, mean, rstd = point(n, c)
+        g = Given(given, n, c)
+        lead = [rows(x), vector(mean), vector(rstd), g.vector("gamma"), g.rows("dy"), g.vector("s1"), g.vector("s2")]
+        tangents = [g.rows("xt"), *map(g.vector, ("meant", "rstdt", "gammat"))]
+        inputs = [*lead, *tangents, g.rows("dyt"), g.vector("s1t"), g.vector("s2t")]
+        whole = case("batchnorm_bwd_input_jvp", inputs, [out("rows", n, c)], n, c, statistic).check(tier, elementwise=True)
+        if "dyt" in given:
+            in_place = case("batchnorm_bwd_input_jvp", inputs, [out("rows", n, c, over=11)], n, c, statistic).run(tier, 4)
+            assert torch.equal(whole[0], in_place[0])
