@@ -1,1 +1,39 @@
-"""fastmaml"""
+"""fastmaml: the drop-in fast backend for MAML and its family.
+
+    maml = fastmaml.MAML(model, inner_lr=0.4, inner_steps=5)
+    out = maml(tasks)                     # a TaskBatch, or (support_x, support_y, query_x, query_y)
+    out.loss.backward()                   # second-order meta-gradient in .grad of the model's own parameters
+"""
+
+from fastmaml import executors as _executors
+from fastmaml import functional, nn, tasks
+from fastmaml.adapted import AdaptedModel
+from fastmaml.batch import TaskBatch
+from fastmaml.executors import BackendError
+from fastmaml.maml import MAML, NonFiniteError
+from fastmaml.output import MetaOutput
+from fastmaml.trace import TraceError, trace
+
+__version__ = "0.1.0"
+__all__ = [
+    "MAML",
+    "AdaptedModel",
+    "BackendError",
+    "MetaOutput",
+    "NonFiniteError",
+    "TaskBatch",
+    "TraceError",
+    "functional",
+    "nn",
+    "tasks",
+    "trace",
+]
+
+if _executors.cpu.IMPORT_ERROR is not None:
+    import warnings as _warnings
+
+    _warnings.warn(
+        f"fastmaml._cpu is not built ({_executors.cpu.IMPORT_ERROR}): everything runs on the slow torch executor. "
+        "In a source tree run: python setup.py build_ext --inplace (or pip install -e .)",
+        stacklevel=2,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from kernel_cases import SHAPES, TIERS, Case, normal, out, rows
@@ -22,7 +24,7 @@ ACTIVATIONS = {
 }
 tiers = pytest.mark.parametrize("tier", TIERS)
 activations = pytest.mark.parametrize("name", ACTIVATIONS)
-SECOND = {"dyt": (0, 0, 1), "xt+dy": (1, 1, 0), "xt+dy+dyt": (1, 1, 1), "xt+dyt": (1, 0, 1), "dy+dyt": (0, 1, 1)}
+SECOND = [(0, 0, 1), (1, 1, 0), (1, 1, 1), (1, 0, 1), (0, 1, 1)]  # which of xt, dy, dyt bwd_jvp is given
 INPUTS = {
     "normal": lambda n, c: normal(n, c),
     "tiny": lambda n, c: normal(n, c, scale=1e-3),
@@ -38,10 +40,9 @@ def case(name: str, mode: str, inputs: list, n: int, c: int, over: int | None = 
 def every_mode(name: str, x: Tensor) -> list[Case]:
     n, c = x.shape
     xt, dy, dyt = (rows(normal(n, c, seed=seed)) for seed in (1, 2, 3))
-    cases = [case(name, "fwd", [rows(x)], n, c), case(name, "jvp", [rows(x), xt], n, c), case(name, "bwd", [rows(x), dy], n, c)]
-    for a, b, d in SECOND.values():
-        cases.append(case(name, "bwd_jvp", [rows(x), xt if a else None, dy if b else None, dyt if d else None], n, c))
-    return cases
+    modes = [("fwd", []), ("jvp", [xt]), ("bwd", [dy])]
+    modes += [("bwd_jvp", [xt if a else None, dy if b else None, dyt if c else None]) for a, b, c in SECOND]
+    return [case(name, mode, [rows(x), *more], n, c) for mode, more in modes]
 
 
 @tiers
@@ -61,10 +62,11 @@ def test_shapes(tier: str, name: str, size: str) -> None:
 @activations
 def test_everywhere(tier: str, name: str) -> None:
     """One interval after another, so that a bad stretch cannot hide behind larger values."""
-    for low, high in [(-30, -8), (-8, -2), (-2, -0.5), (-0.5, -1e-2), (-1e-2, 1e-2), (1e-2, 0.5), (0.5, 2), (2, 8), (8, 30)]:
-        x = torch.linspace(low, high, 64 * 65).view(64, 65)
+    for low, high in itertools.pairwise([-30, -8, -2, -0.5, -1e-2, 1e-2, 0.5, 2, 8, 30]):
+        x = torch.linspace(low, high, 16 * 65).view(16, 65)
+        slack = 2.0**-50 * float(x.norm()) if name.startswith("gelu") else 0.0  # the reference's 1 + erf, 1 + tanh
         for made in every_mode(name, x):
-            made.judge(made.run(tier), f"{tier} on [{low}, {high}]")
+            made.judge(made.run(tier), f"{tier} on [{low}, {high}]", slack=slack)
 
 
 LIMITS = {  # at -inf (where finite), -1e4, 1e4

@@ -1,10 +1,11 @@
-"""cross_entropy_*: class weights, smoothing, reductions, fewer ways than outputs, blocks, and labels that do not exist."""
+"""cross_entropy_*: class weights, smoothing, reductions, fewer ways than outputs, labels that do not exist."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import SHAPES, TIERS, Case, Operand, exact, normal, out, rows, vector
+import torch.nn.functional as F
+from kernel_cases import SHAPES, TIERS, Case, Operand, Pool, exact, normal, out, rows, vector
 from torch import Tensor
 
 tiers = pytest.mark.parametrize("tier", TIERS)
@@ -16,7 +17,7 @@ cut = pytest.mark.parametrize("cut", [False, True], ids=["all_ways", "some_ways"
 
 
 class Problem:
-    def __init__(self, n: int, c: int, cut: bool, weighted: bool, smoothing: float, reduction: str, scale: float = 3.0) -> None:
+    def __init__(self, n: int, c: int, cut=False, weighted=False, smoothing=0.0, reduction="mean", scale=3.0) -> None:
         self.n, self.c, self.ways = n, c, c // 2 + 1 if cut else 0
         self.z = normal(n, c, scale=scale)
         self.label = torch.randint(self.ways or c, (n,), generator=torch.Generator().manual_seed(n * c))
@@ -49,34 +50,41 @@ class Problem:
         return self.case("jvp", [zt], [out("scalar")])
 
 
+def torchs_loss(problem: Problem) -> Tensor:
+    weight = None if problem.weight is None else problem.weight.double()
+    smoothing = problem.attrs["label_smoothing"]
+    return F.cross_entropy(problem.z.double(), problem.label, weight, label_smoothing=smoothing)
+
+
 @tiers
 @cut
 @weights
 @smoothings
 @reductions
 def test_cross_entropy(tier: str, cut: bool, weighted: bool, smoothing: float, reduction: str) -> None:
-    for n, c in SHAPES:
-        problem = Problem(n, c, cut, weighted, smoothing, reduction)
-        for case in problem.cases():
-            case.check(tier)
+    with Pool() as pool:
+        for n, c in SHAPES:
+            for case in Problem(n, c, cut, weighted, smoothing, reduction).cases():
+                case.check(tier, pool=pool)
 
 
 @tiers
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4], ids=["tiny", "confident", "huge"])
 def test_sizes_of_logits(tier: str, scale: float) -> None:
-    for n, c in SHAPES:
-        for case in Problem(n, c, False, True, 0.125, "mean", scale).cases():
-            case.check(tier)
+    with Pool() as pool:
+        for n, c in SHAPES:
+            for case in Problem(n, c, False, True, 0.125, "mean", scale).cases():
+                case.check(tier, pool=pool)
 
 
 @tiers
 def test_rows_with_one_sure_class(tier: str) -> None:
-    """p - 1 at the label, where float32 has no digits left."""
-    problem = Problem(5, 7, False, False, 0.0, "mean", 1.0)
+    """p - 1 at the label, where float32 has no digits left. (Rounding z - max costs the others 20 * 2^-24.)"""
+    problem = Problem(5, 7, scale=1.0)
     problem.z[torch.arange(5), problem.label] += 20.0
     case = problem.case("bwd", [None], [out("rows", 5, 7)])
     (dz,), (truth,) = case.run(tier), case.reference(torch.float64)
-    torch.testing.assert_close(dz.double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(dz.double(), truth, rtol=2e-6, atol=0)
 
 
 @tiers
@@ -121,29 +129,22 @@ def test_label_that_does_not_exist(tier: str, weighted: bool, bad: int) -> None:
 
 @tiers
 def test_ties_and_non_finite(tier: str) -> None:
-    problem = Problem(5, 7, False, False, 0.0, "mean")
+    problem = Problem(5, 7)
     problem.z = torch.zeros(5, 7)
     problem.z[:, [2, 4]] = 1.0
     problem.label = torch.tensor([2, 4, 2, 0, 4])
     loss, correct = problem.case("fwd", [], [out("scalar"), out("scalar")]).run(tier)
     assert correct == 2  # the first maximum
     problem.z[0, 0] = -float("inf")  # an impossible class that is not asked for
-    logits = problem.z.double()
     loss, _ = problem.case("fwd", [], [out("scalar"), None]).run(tier)
-    torch.testing.assert_close(loss.double(), torch.nn.functional.cross_entropy(logits, problem.label), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), torchs_loss(problem), rtol=1e-6, atol=0)
     problem.z[1, 3] = float("nan")
     (dz,) = problem.case("bwd", [None], [out("rows", 5, 7)]).run(tier)
     assert dz[1].isnan().all() and dz[[0, 2, 3, 4]].isfinite().all()
-
-
-def reference_loss(problem: Problem) -> Tensor:
-    return torch.nn.functional.cross_entropy(
-        problem.z.double(), problem.label, problem.weight.double(), label_smoothing=problem.attrs["label_smoothing"]
-    )
 
 
 @tiers
 def test_agrees_with_torch_itself(tier: str) -> None:
     problem = Problem(23, 63, False, True, 0.125, "mean")
     (loss, _) = problem.case("fwd", [], [out("scalar"), None]).run(tier, 4)
-    torch.testing.assert_close(loss.double(), reference_loss(problem), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), torchs_loss(problem), rtol=1e-6, atol=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import SHAPES, TIERS, Case, Operand, exact, normal, out, rows
+from kernel_cases import SHAPES, TIERS, Case, Operand, Pool, exact, normal, out, rows
 
 tiers = pytest.mark.parametrize("tier", TIERS)
 REDUCTIONS = {"mean": (0, "mean"), "sum": (1, "sum"), "divisor": (2, 24.0)}
@@ -15,21 +15,21 @@ REDUCTIONS = {"mean": (0, "mean"), "sum": (1, "sum"), "divisor": (2, 24.0)}
 @pytest.mark.parametrize("near", [False, True], ids=["apart", "near"])
 def test_mse(tier: str, reduction: str, near: bool) -> None:
     code, name = REDUCTIONS[reduction]
-    for n, c in SHAPES:
-        z = normal(n, c)
-        target = z + normal(n, c, seed=1, scale=1e-3) if near else normal(n, c, seed=1)
-        lead, row, one = [rows(z), Operand("plain", target), None], out("rows", n, c), out("scalar")
-        zt, step = rows(normal(n, c, seed=2)), Operand("scalar", torch.tensor(exact(0.3)))
-        for mode, more, outputs in (
-            ("fwd", [], [one, None]),
-            ("fwd", [], [None, out("scalar")]),
-            ("bwd", [None], [row]),
-            ("bwd", [step], [row]),
-            ("jvp", [zt], [one]),
-            ("bwd_jvp", [zt], [row]),
-        ):
-            attrs, numbers = {"reduction": name}, [0.0, 24.0]
-            Case(f"mse_{mode}", [*lead, *more], outputs, n, [c, code], numbers, attrs, ways=3).check(tier)
-        in_place = Case("mse_bwd", [*lead, None], [out("rows", n, c, over=0)], n, [c, code], [0.0, 24.0])
-        plain = Case("mse_bwd", [*lead, None], [row], n, [c, code], [0.0, 24.0])
-        assert torch.equal(in_place.run(tier, 4)[0], plain.run(tier)[0])
+    with Pool() as pool:
+        for n, c in SHAPES:
+            z = normal(n, c)
+            target = z + normal(n, c, seed=1, scale=1e-3) if near else normal(n, c, seed=1)
+            lead, row, one = [rows(z), Operand("plain", target), None], out("rows", n, c), out("scalar")
+            zt, step = rows(normal(n, c, seed=2)), Operand("scalar", torch.tensor(exact(0.3)))
+
+            def case(mode: str, more: list, *outputs: Operand | None) -> Case:
+                kernel, attrs = f"mse_{mode}", {"reduction": name}
+                return Case(kernel, [*lead, *more], outputs, n, [c, code], [0.0, 24.0], attrs, ways=3)  # noqa: B023
+
+            case("fwd", [], one, None).check(tier, pool=pool)
+            case("fwd", [], None, out("scalar")).check(tier, pool=pool)
+            case("bwd", [step], row).check(tier, elementwise=True)
+            case("jvp", [zt], one).check(tier, pool=pool)
+            case("bwd_jvp", [zt], row).check(tier, elementwise=True)
+            (plain,) = case("bwd", [None], row).check(tier, elementwise=True)
+            assert torch.equal(case("bwd", [None], out("rows", n, c, over=0)).run(tier, 4)[0], plain)

@@ -1,4 +1,4 @@
-"""relu_fwd, relu_replay, relu_bwd, with slope 0 (ReLU) and not (leaky ReLU). They only select and scale: the bits are torch's."""
+"""relu_fwd, relu_replay, relu_bwd: slope 0 (ReLU) and leaky. They only select and scale: the bits are torch's."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ std::vector<T*> pointers(const std::vector<int64_t>& addresses) {
 bool execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, bool careful, int64_t support_rows,
              int64_t query_rows, int64_t ways, int64_t task_weights, double uniform_weight,
              const std::vector<int64_t>& task_buffers, const std::vector<int64_t>& inputs,
-             const std::vector<int64_t>& outputs, bool add_to_outputs, int64_t meta, int64_t work, int64_t finite) {
+             const std::vector<int64_t>& outputs, bool add_to_outputs, bool strict, int64_t meta, int64_t work, int64_t finite) {
     fastmaml::Run run;
     run.tasks = tasks;
     run.half = half;
@@ -164,6 +164,7 @@ bool execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, b
     run.inputs = pointers<const float>(inputs);
     run.outputs = pointers<float>(outputs);
     run.add_to_outputs = add_to_outputs;
+    run.strict = strict;
     run.meta = pointer<char>(meta);
     run.work = pointer<char>(work);
     run.finite = pointer<bool>(finite);

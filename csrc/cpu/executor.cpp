@@ -303,6 +303,9 @@ static void run_thread(Shared& s, int me, int n) {
     if (me == 0) run_meta(s, true);
     s.all->wait();
     if (!s.finite.load() && !s.run.careful) return;  // the caller runs it again, task by task
+    if (s.run.strict)
+        for (int64_t t = 0; t < s.run.tasks; ++t)
+            if (!s.run.finite[t]) return;
     for (size_t i = 0; i < s.plan.outputs.size(); ++i)
         if (s.run.outputs[i]) unpack(s.plan.outputs[i], s.run.outputs[i], s.run.add_to_outputs, s.run, me, n);
 }

@@ -18,6 +18,7 @@ struct Run {
     std::vector<const float*> inputs;         // by Plan::inputs, contiguous in the model's layout
     std::vector<float*> outputs;              // by Plan::outputs; null: not wanted
     bool add_to_outputs = false;              // += instead of =
+    bool strict = false;                      // leave the outputs alone if any task is not finite
     char* meta = nullptr;                     // meta_bytes
     char* work = nullptr;                     // workers * run_bytes, then the accumulators of the chunks
     bool* finite = nullptr;                   // [tasks], written

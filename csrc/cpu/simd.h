@@ -21,18 +21,33 @@ static constexpr int VL = 4;
 
 typedef float vec __attribute__((vector_size(4 * VL)));
 typedef int32_t ivec __attribute__((vector_size(4 * VL)));
-typedef uint8_t bvec __attribute__((vector_size(VL)));
 typedef float uvec __attribute__((vector_size(4 * VL), aligned(4), may_alias));
-typedef uint8_t ubvec __attribute__((vector_size(VL), aligned(1), may_alias));
 
 static inline vec load(const float* p) { return *reinterpret_cast<const uvec*>(p); }
 static inline void store(float* p, vec v) { *reinterpret_cast<uvec*>(p) = v; }
 static inline vec splat(float x) { return x - vec{}; }
 static inline ivec isplat(int32_t x) { return x - ivec{}; }
-static inline ivec load_mask(const uint8_t* p) {  // bytes 0/1 -> lanes 0/-1
-    return -__builtin_convertvector(*reinterpret_cast<const ubvec*>(p), ivec);
+// Masks are bytes 0/1 in memory and lanes 0/-1 in registers. (The generic conversion becomes one insert per element.)
+static inline ivec load_mask(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return -(ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+    return -(ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+    return -ivec{p[0], p[1], p[2], p[3]};
+#endif
 }
-static inline void store_mask(uint8_t* p, ivec m) { *reinterpret_cast<ubvec*>(p) = __builtin_convertvector(-m, bvec); }
+static inline void store_mask(uint8_t* p, ivec m) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)-m));
+#elif defined(__AVX2__)
+    const __m256i ones = (__m256i)-m;
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(ones), _mm256_extracti128_si256(ones, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+#else
+    for (int i = 0; i < VL; ++i) p[i] = m[i] ? 1 : 0;
+#endif
+}
 static inline vec select(ivec m, vec a, vec b) { return (vec)(((ivec)a & m) | ((ivec)b & ~m)); }
 
 static inline vec fma(vec a, vec b, vec c) {

@@ -21,6 +21,7 @@ class Call:
     task_weights  [tasks] float64 on the CPU, or None for 1 / tasks each; ``total``: plain sums (a torch outer loss carries its own)
     replay        discrete decisions to take from another run: (buffer, step) -> one tensor per task (the torch executor)
     record        bring the discrete decisions out (Plans with record_masks)
+    strict        leave sinks alone if any task is not finite
     sinks         gradients are ADDED to these contiguous float32 tensors, by result name, instead of being returned (the cpu executor)
     """
 
@@ -32,6 +33,7 @@ class Call:
     total: bool = False
     replay: Mapping[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     record: bool = False
+    strict: bool = True
     sinks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def task_weight(self, t: int) -> float:

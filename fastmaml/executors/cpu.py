@@ -181,6 +181,7 @@ class CpuExecutor:
             [tensor.data_ptr() for tensor in keep],
             [gradients[name].data_ptr() if name in gradients else 0 for name in prepared.outputs],
             bool(call.sinks),
+            bool(call.sinks) and call.strict,
             _aligned(w.meta),
             _aligned(w.work),
             finite.data_ptr(),

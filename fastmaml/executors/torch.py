@@ -123,7 +123,7 @@ class TorchExecutor:
         inputs = [None if ref is None else task.env[self._key(ref, step)] for ref in instr.inputs]
         keys = [None if ref is None else self._key(ref, step) for ref in instr.outputs]
         kernel = instr.kernel
-        if len(keys) == 2 and keys[1] in replay:  # the discrete decision is given
+        if replay and len(keys) == 2 and keys[1] in replay:  # the discrete decision is given
             task.env[keys[1]] = decided = replay[keys[1]][task.index].to(self.device)
             kernel, inputs, keys = kernel.replace("_fwd", "_replay"), [*inputs, decided], keys[:1]
         if kernel == "zero_fwd":

@@ -380,8 +380,12 @@ def _module() -> Rule:
         return p.saved[op.output, "graph"]
 
     def fwd(p: Pass, op: Op) -> None:
+        values, y = _values(p, op), p.value[op.output]
         p.saved[op.output, "graph"] = handle = p.new(f"graph{op.output}", (), False, "handle")
-        p.emit("module_fwd", _values(p, op), (p.value[op.output], handle), **_attrs(op), rows=p.extent)
+        if (op.output, "rng") in p.saved:  # the same dropout as in the gradient pass of this step
+            p.emit("module_replay", (*values, p.saved[op.output, "rng"]), (y, handle), **_attrs(op))
+        else:
+            p.emit("module_fwd", values, (y, handle, p.save(op, "rng", (), False, "handle")), **_attrs(op))
 
     def leaves(p: Pass, op: Op, tag: str) -> list[Operand]:
         return [p.like(tag, v) if v in p.wanted else None for v in op.inputs[1:]]

@@ -75,7 +75,7 @@ class _Sweep:
         rates = {self.a.rates.get(leaf.name) for leaf in self.adapted}
         self.shared_rate = rates.pop() if len(rates) == 1 and next(iter(rates), None) and next(iter(rates)).shape == () else None
         joint = any(op.name == "batchnorm" and op.attrs["statistics"] == "support" for op in program.ops)
-        self.outer_extent = "joint" if joint and self.a.entry != "predict" else "query"
+        self.outer_extent = "joint" if joint else "query"
         self.accumulators: dict[int, Ref] = {}  # zeta_bar: cotangents of non-adapted values, summed over the steps
         self.prefix: dict[str, Pass] = {}
         self.results: dict[str, None] = {}

@@ -1,0 +1,168 @@
+"""Checks of what users pass: every wrong argument is answered before any work starts, naming it, its value and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor, nn
+
+from fastmaml.batch import TaskBatch
+from fastmaml.program import Loss
+
+LOSSES = ("cross_entropy", "mse")
+BATCHNORM = ("batch", "support", "running")
+PRECISIONS = ("highest", "high", "medium")
+MEMORY = ("constant", "fast")
+NONFINITE = ("raise", "skip")
+PARAMETERISATIONS = ("full",)
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def count(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
+    return int(value)
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected True or False")
+    return value
+
+
+def parse_loss(loss: object, reduction: object) -> tuple[Loss, Tensor | None]:
+    """(Loss, class weights) from a name, or from nn.CrossEntropyLoss / nn.MSELoss (label smoothing, class weights)."""
+    weight, smoothing = None, 0.0
+    if type(loss) is nn.CrossEntropyLoss or type(loss) is nn.MSELoss:
+        name = "cross_entropy" if type(loss) is nn.CrossEntropyLoss else "mse"
+        if reduction == "mean" and loss.reduction != "mean":
+            reduction = loss.reduction
+        if name == "cross_entropy":
+            if loss.ignore_index != -100:
+                raise ValueError(f"loss=CrossEntropyLoss(ignore_index={loss.ignore_index}): ignored labels are not supported; leave those rows out")
+            weight, smoothing = loss.weight, float(loss.label_smoothing)
+    elif isinstance(loss, str) and loss in LOSSES:
+        name = loss
+    else:
+        raise ValueError(
+            f"loss={loss!r}: choose 'cross_entropy', 'mse', nn.CrossEntropyLoss(...) or nn.MSELoss(...). "
+            "An outer loss of your own goes to maml(tasks, outer_loss=fn(logits, query_y))"
+        )
+    if isinstance(reduction, bool) or not (reduction in ("mean", "sum") if isinstance(reduction, str) else isinstance(reduction, Real)):
+        raise ValueError(f"reduction={reduction!r}: choose 'mean', 'sum', or a number that the sum is divided by")
+    if not isinstance(reduction, str):
+        reduction = float(reduction)
+        if not reduction > 0 or reduction == float("inf"):
+            raise ValueError(f"reduction={reduction!r}: the divisor must be a positive, finite number")
+    return Loss(name, reduction, smoothing, weight is not None), weight
+
+
+def adapted_names(model: nn.Module, adapt: object) -> list[str]:
+    """Names of the trainable parameters that match one of the patterns."""
+    patterns = [adapt] if isinstance(adapt, str) else adapt
+    if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"adapt={adapt!r}: expected a pattern of parameter names such as 'head.*', or a list of them")
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in trainable):
+            frozen = [name for name, p in model.named_parameters() if not p.requires_grad and fnmatchcase(name, pattern)]
+            why = f"it matches only {frozen[0]!r}, which does not require grad" if frozen else f"the trainable parameters are {', '.join(trainable) or 'none'}"
+            raise ValueError(f"adapt={pattern!r} matches no trainable parameter: {why}")
+    return [name for name in trainable if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def check_model(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}: expected an nn.Module")
+    parameters = list(model.parameters())
+    if not parameters:
+        raise ValueError("model has no parameters: nothing to adapt or to learn")
+    kinds = {(p.dtype, p.device) for p in parameters}
+    if len(kinds) > 1:
+        listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"the model's parameters are of several kinds ({listed}): use one dtype and one device, as with model.to(...)")
+    if not parameters[0].is_floating_point() or parameters[0].dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"the model's parameters are {parameters[0].dtype}: use float32 (or float64); half precision loses the meta-gradient")
+    return model
+
+
+def check_batch(batch: TaskBatch, loss: Loss, output: tuple[int, ...], parameter: Tensor, outer: bool) -> None:
+    """Data against model and loss. Reads the labels (once per batch object)."""
+    for name in ("support_x", "query_x"):
+        x = getattr(batch, name)
+        if x.device != parameter.device:
+            raise ValueError(f"{name} is on {x.device}, the model on {parameter.device}: move one of them (tasks.to(...))")
+        if x.dtype not in (torch.float32, torch.float64, torch.uint8, parameter.dtype):
+            raise TypeError(f"{name} is {x.dtype}: expected {parameter.dtype} (or uint8, converted as it is)")
+    for part in ("support",) if outer else ("support", "query"):
+        y = getattr(batch, f"{part}_y")
+        if loss.name == "mse":
+            if not y.is_floating_point():
+                raise TypeError(f"{part}_y is {y.dtype}: loss='mse' needs float targets (y.float())")
+            if tuple(y.shape[1:]) != output:
+                raise ValueError(f"{part}_y has rows of shape {list(y.shape[1:])}, the model's output {list(output)}: they must be equal for loss='mse'")
+            continue
+        if y.is_floating_point() or y.dtype is torch.bool:
+            raise TypeError(f"{part}_y is {y.dtype}: loss='cross_entropy' needs class labels as integers (y.long())")
+        if y.dim() != 1:
+            raise ValueError(f"{part}_y has labels of shape {list(y.shape[1:])} per sample: expected one integer each, not one-hot rows (y.argmax(-1))")
+        if len(output) != 1:
+            raise ValueError(f"the model's output has shape {list(output)} per sample: loss='cross_entropy' needs [classes]")
+    if loss.name == "cross_entropy" and "labels" not in batch._cache:
+        check_labels(batch, output[0], outer)
+
+
+def check_labels(batch: TaskBatch, classes: int, outer: bool) -> None:
+    if batch.ways is not None and int(batch.ways.max()) > classes:
+        raise ValueError(f"a task has {int(batch.ways.max())} ways, the model {classes} outputs: tasks use the first outputs of the head")
+    for part in ("support",) if outer else ("support", "query"):
+        y = getattr(batch, f"{part}_y")
+        low, high = (int(v) for v in torch.aminmax(y))
+        if low < 0 or high >= classes:
+            raise ValueError(f"{part}_y has the label {low if low < 0 else high}, the model {classes} outputs: labels are 0..{classes - 1}, numbered anew in each task")
+        if batch.ways is not None:
+            for t in range(len(batch)):
+                top = int(batch.task(t)[1 if part == "support" else 3].max())
+                if top >= int(batch.ways[t]):
+                    raise ValueError(f"{part}_y of task {t} has the label {top}, the task {int(batch.ways[t])} ways")
+    batch._cache["labels"] = batch.support_y  # a TaskBatch is not changed: checked once
+
+
+def check_task_weights(weights: object, tasks: int) -> Tensor | None:
+    """[tasks] float64 on the CPU, or None."""
+    if weights is None:
+        return None
+    try:
+        out = torch.as_tensor(weights, dtype=torch.float64).detach().cpu().contiguous()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"task_weights={weights!r}: expected {tasks} numbers") from error
+    if out.shape != (tasks,):
+        raise ValueError(f"task_weights has shape {list(out.shape)}: expected [{tasks}], one per task")
+    if not bool(torch.isfinite(out).all()):
+        raise ValueError("task_weights has a value that is not finite")
+    return out
+
+
+def check_step_weights(weights: object, steps: int) -> tuple[list[float], int] | None:
+    """(weights of theta_0 .. theta_K, first step with one) for the multi-step loss, or None."""
+    if weights is None:
+        return None
+    if isinstance(weights, (str, Mapping)) or not isinstance(weights, (Sequence, Tensor)):
+        raise TypeError(f"step_loss_weights={weights!r}: expected one number per inner step")
+    values = [float(w) for w in weights]
+    if len(values) not in (steps, steps + 1) or steps == 0:
+        raise ValueError(
+            f"step_loss_weights has {len(values)} entries, inner_steps is {steps}: give one per inner step (the loss after it), "
+            "or one more in front for the loss before the first"
+        )
+    if any(w != w or abs(w) == float("inf") for w in values):
+        raise ValueError(f"step_loss_weights={values}: they must be finite")
+    return ([0.0, *values], 1) if len(values) == steps else (values, 0)
