@@ -36,7 +36,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 SANITIZE = setting("FASTMAML_SANITIZE", "0", "1") == "1"
 BUILD = Path("build", sys.implementation.cache_tag + ("-sanitize" if SANITIZE else ""))
 CXX = os.environ.get("CXX") or "c++"
-FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-maybe-uninitialized -Icsrc/include"
+FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Icsrc/include"
 FLAGS += " -DFASTMAML_X86=1" if X86 else ""
 SANITIZE_FLAGS = "-fsanitize=address,undefined -fno-omit-frame-pointer -g -O1" if SANITIZE else ""
 ISA_FLAGS = {"baseline": ""}

@@ -11,7 +11,6 @@
 #endif
 
 namespace py = pybind11;
-using fastmaml::Home;
 using fastmaml::Rows;
 
 namespace {
@@ -35,33 +34,37 @@ class Reader {  // a list of integers, read in order
     size_t at_ = 0;
 };
 
+int32_t read_base(Reader& in) {  // home (0 meta, 1 task, 2 run), task buffer
+    const int64_t home = in.next(), task_buffer = in.next();
+    return home == 0   ? fastmaml::kMetaBase
+           : home == 1 ? fastmaml::kFirstTaskBase + static_cast<int32_t>(task_buffer)
+                       : fastmaml::kArenaBase;
+}
+
 fastmaml::Operand read_operand(Reader& in) {
     fastmaml::Operand o;
-    o.present = in.next();
-    if (!o.present) return o;
-    o.block = in.next();
-    o.home = static_cast<Home>(in.next());
-    o.rows = static_cast<Rows>(in.next());
-    o.task_buffer = in.next();
+    if (!in.next()) return o;
+    o.base = read_base(in);
+    o.by_row = in.next() != 0;
     o.shift = in.next();
     o.offset = in.next();
     o.step_stride = in.next();
     o.row_stride = in.next();
-    o.has_first = in.next();
-    if (o.has_first) {
-        o.first_home = static_cast<Home>(in.next());
-        o.first_task_buffer = in.next();
+    if (in.next()) {
+        o.first_base = read_base(in);
         o.first_offset = in.next();
     }
     return o;
 }
 
-fastmaml::Instruction read_instruction(Reader& in) {
+fastmaml::Instruction read_instruction(Reader& in, fastmaml::Plan& plan) {
     fastmaml::Instruction i;
     i.kernel = in.next();
     if (i.kernel < 0 || i.kernel >= fastmaml::kKernelCount) throw std::runtime_error("fastmaml._cpu: unknown kernel id");
+    i.sums = in.next() != 0;
     i.n_operands = in.count(fastmaml::kMaxOperands);
-    for (int n = 0; n < i.n_operands; ++n) i.operands[n] = read_operand(in);
+    i.operands = static_cast<int32_t>(plan.operands.size());
+    for (int n = 0; n < i.n_operands; ++n) plan.operands.push_back(read_operand(in));
     const int sizes = in.count(fastmaml::kMaxSizes);
     for (int n = 0; n < sizes; ++n) i.sizes[n] = in.next();
     const int numbers = in.count(fastmaml::kMaxNumbers);
@@ -106,6 +109,13 @@ fastmaml::Plan read_plan(const std::vector<int64_t>& words) {
         plan.reductions.push_back(r);
     }
     for (int n = in.count(); n > 0; --n) {
+        fastmaml::Weighted w;
+        w.at = read_operand(in);
+        w.rows = static_cast<Rows>(in.next());
+        w.floats = in.next();
+        plan.weighted.push_back(w);
+    }
+    for (int n = in.count(); n > 0; --n) {
         fastmaml::Scalars s;
         s.at = read_operand(in);
         s.begin = in.next();
@@ -114,7 +124,7 @@ fastmaml::Plan read_plan(const std::vector<int64_t>& words) {
     }
     for (int n = in.count(); n > 0; --n) {
         fastmaml::Phase phase;
-        phase.meta = in.next();
+        phase.scope = static_cast<fastmaml::Scope>(in.next());
         phase.half = in.next();
         phase.start = in.next();
         phase.stop = in.next();
@@ -123,7 +133,7 @@ fastmaml::Plan read_plan(const std::vector<int64_t>& words) {
             fastmaml::Group group;
             group.rows = static_cast<Rows>(in.next());
             group.block_rows = in.next();
-            for (int i = in.count(); i > 0; --i) group.instructions.push_back(read_instruction(in));
+            for (int i = in.count(); i > 0; --i) group.instructions.push_back(read_instruction(in, plan));
             phase.groups.push_back(std::move(group));
         }
         plan.phases.push_back(std::move(phase));

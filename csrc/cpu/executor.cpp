@@ -53,14 +53,14 @@ int64_t work_bytes(const Plan& plan, int64_t tasks, int threads) {
 }
 
 // ---------------------------------------------------------------------------------------------------- addresses
-struct Worker {  // what one team knows while it runs one task
+struct Worker {  // what one member of a team knows while it runs one task
     const Plan* plan;
     const Run* run;
     const Tier* tier;
-    char* arena;
     Task task;
     Barrier* barrier;
     int part, parts;
+    std::vector<char*> base;  // by Operand::base
 };
 
 static int64_t extent(Rows rows, const Task& t) {
@@ -72,35 +72,31 @@ static int64_t extent(Rows rows, const Task& t) {
     }
 }
 
-static char* base_of(Home home, int32_t task_buffer, const Worker& w) {
-    switch (home) {
-        case Home::kMeta: return w.run->meta;
-        case Home::kTask: {
-            const TaskBuffer& b = w.plan->task_buffers[task_buffer];
-            char* p = w.run->task_buffers[task_buffer];
-            const int64_t at = b.rows == Rows::kSupport ? w.run->support_rows[w.task.index]
-                               : b.rows == Rows::kQuery ? w.run->query_rows[w.task.index]
-                                                        : w.task.index;
-            return p + at * b.stride;
-        }
-        default: return w.arena;
+static void begin_task(Worker& w, int64_t t) {
+    const Run& r = *w.run;
+    w.task = {t, r.support_rows[t + 1] - r.support_rows[t], r.query_rows[t + 1] - r.query_rows[t], r.ways ? r.ways[t] : 0};
+    for (size_t i = 0; i < w.plan->task_buffers.size(); ++i) {
+        const TaskBuffer& b = w.plan->task_buffers[i];
+        const int64_t at = b.rows == Rows::kSupport ? r.support_rows[t] : b.rows == Rows::kQuery ? r.query_rows[t] : t;
+        w.base[kFirstTaskBase + i] = r.task_buffers[i] + at * b.stride;
     }
 }
 
 static inline void* address(const Operand& o, const Worker& w, int64_t step, int64_t row0) {
-    if (!o.present) return nullptr;
+    if (o.base < 0) return nullptr;
     const int64_t slot = step + o.shift;
-    if (o.has_first && slot == 0) return base_of(o.first_home, o.first_task_buffer, w) + o.first_offset;
-    char* p = base_of(o.home, o.task_buffer, w) + o.offset + slot * o.step_stride;
-    return o.rows == Rows::kNone || o.block ? p : p + row0 * o.row_stride;
+    if (slot == 0 && o.first_base >= 0) return w.base[o.first_base] + o.first_offset;
+    char* p = w.base[o.base] + o.offset + slot * o.step_stride;
+    return o.by_row ? p + row0 * o.row_stride : p;
 }
 
 // ---------------------------------------------------------------------------------------------------- walking
-static void run_instruction(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n, int64_t total) {
+static Call prepare_call(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n, int64_t total) {
     Call c;
+    const Operand* operands = w.plan->operands.data() + in.operands;
     for (int i = 0; i < in.n_operands; ++i) {
-        c.operands[i] = address(in.operands[i], w, step, row0);
-        c.row_stride[i] = in.operands[i].row_stride;
+        c.operands[i] = address(operands[i], w, step, row0);
+        c.row_stride[i] = operands[i].row_stride;
     }
     c.n = n;
     c.row0 = row0;
@@ -112,7 +108,11 @@ static void run_instruction(const Instruction& in, const Worker& w, int64_t step
     c.sizes = in.sizes;
     c.numbers = in.numbers;
     c.task = &w.task;
-    w.tier->table[in.kernel](c);
+    return c;
+}
+
+static inline void run_instruction(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n, int64_t total) {
+    w.tier->table[in.kernel](prepare_call(in, w, step, row0, n, total));
     w.barrier->wait();  // a team of one does not wait
 }
 
@@ -168,8 +168,15 @@ static void accumulate(const Worker& w, float* acc, bool& begun) {
     if (finite && w.run->careful)
         for (const Reduction& r : plan.reductions)
             finite = finite && all_finite(static_cast<float*>(address(r.source, w, 0, 0)), r.count);
+    if (finite && w.run->careful)
+        for (const Weighted& rows : plan.weighted)
+            finite = finite && all_finite(static_cast<float*>(address(rows.at, w, 0, 0)), extent(rows.rows, w.task) * rows.floats);
     w.run->finite[w.task.index] = finite;
     if (!finite) return;
+    for (const Weighted& rows : plan.weighted) {
+        float* at = static_cast<float*>(address(rows.at, w, 0, 0));
+        if (f != 1.f) add_scaled(*w.tier, nullptr, at, f, at, extent(rows.rows, w.task) * rows.floats);
+    }
     for (const Reduction& r : plan.reductions) {
         const float* source = static_cast<float*>(address(r.source, w, 0, 0));
         float* out = acc + r.offset;
@@ -232,13 +239,56 @@ struct Shared {
     std::atomic<bool> finite{true};
 };
 
-static void run_meta(Shared& s, bool last) {
+// A batch phase: row kernels take a share of the rows of all tasks; sums take a share of their output, over the rows of all finite tasks.
+static void run_batch(Shared& s, const Phase& phase, int me, int n) {
     Barrier alone(1);
-    Worker w{&s.plan, &s.run, &s.tier, nullptr, Task{0, 0, 0, 0}, &alone, 0, 1};
+    Worker w{&s.plan, &s.run, &s.tier, Task{}, &alone, 0, 1, {s.run.meta, nullptr}};
+    w.base.resize(kFirstTaskBase + s.plan.task_buffers.size());
+    begin_task(w, 0);
+    for (const Group& group : phase.groups) {
+        const int64_t* offsets = group.rows == Rows::kSupport ? s.run.support_rows : s.run.query_rows;
+        const int64_t total = offsets[s.run.tasks];
+        for (const Instruction& in : group.instructions) {
+            if (in.sums) {
+                w.part = me, w.parts = n;
+                bool first = true;
+                for (int64_t t = 0; t <= s.run.tasks; ++t) {
+                    const int64_t begin = t;
+                    while (t < s.run.tasks && s.run.finite[t]) ++t;
+                    if (t == begin && !(first && t == s.run.tasks)) continue;  // a task left out; with none at all the sum is zero
+                    Call c = prepare_call(in, w, 0, offsets[begin], offsets[t] - offsets[begin], total);
+                    c.first = first, c.last = true;
+                    s.tier.table[in.kernel](c);
+                    first = false;
+                }
+                w.part = 0, w.parts = 1;
+            } else {
+                const int64_t begin = total * me / n, end = total * (me + 1) / n;
+                if (end > begin) s.tier.table[in.kernel](prepare_call(in, w, 0, begin, end - begin, total));
+            }
+            s.all->wait();
+            if (in.sums) {
+                const float* out = prepare_call(in, w, 0, 0, 0, 0).f(2);
+                const int64_t floats = in.sizes[0] * pad_lane(in.sizes[1]), begin = floats * me / n;
+                if (out && !all_finite(out + begin, floats * (me + 1) / n - begin)) s.finite.store(false);
+            }
+        }
+    }
+}
+
+// The phases outside the tasks: before them, or after.
+static void run_outside(Shared& s, bool after, int me, int n) {
+    Barrier alone(1);
+    Worker w{&s.plan, &s.run, &s.tier, Task{}, &alone, 0, 1, {s.run.meta, nullptr}};
     bool tasks_seen = false;
     for (const Phase& phase : s.plan.phases) {
-        if (!phase.meta) tasks_seen = true;
-        if (phase.meta && phase.half == s.run.half && tasks_seen == last) run_phase(phase, w);
+        if (phase.scope == Scope::kTask) tasks_seen = true;
+        if (phase.scope == Scope::kTask || phase.half != s.run.half || tasks_seen != after) continue;
+        if (phase.scope == Scope::kBatch)
+            run_batch(s, phase, me, n);
+        else if (me == 0)
+            run_phase(phase, w);
+        s.all->wait();
     }
 }
 
@@ -248,7 +298,9 @@ static float* accumulator(Shared& s, int64_t chunk) {
 }
 
 static void run_tasks(Shared& s, int team, int part) {
-    Worker w{&s.plan, &s.run, &s.tier, s.run.work + team * aligned(s.plan.run_bytes), Task{}, s.teams[team].get(), part, s.shape.team};
+    Worker w{&s.plan, &s.run, &s.tier, Task{}, s.teams[team].get(), part, s.shape.team, {}};
+    w.base = {s.run.meta, s.run.work + team * aligned(s.plan.run_bytes)};
+    w.base.resize(kFirstTaskBase + s.plan.task_buffers.size());
     const bool sums = s.run.half == s.plan.halves - 1;
     for (;;) {
         if (part == 0) s.current[team] = s.next.fetch_add(1);
@@ -258,15 +310,14 @@ static void run_tasks(Shared& s, int team, int part) {
         const int64_t begin = s.run.tasks * chunk / s.shape.chunks, end = s.run.tasks * (chunk + 1) / s.shape.chunks;
         bool begun = false;
         for (int64_t t = begin; t < end; ++t) {
-            const Run& r = s.run;
-            w.task = {t, r.support_rows[t + 1] - r.support_rows[t], r.query_rows[t + 1] - r.query_rows[t], r.ways ? r.ways[t] : 0};
+            begin_task(w, t);
             for (const Phase& phase : s.plan.phases)
-                if (!phase.meta && phase.half == r.half) run_phase(phase, w);
+                if (phase.scope == Scope::kTask && phase.half == s.run.half) run_phase(phase, w);
             if (part == 0) {
                 if (sums)
                     accumulate(w, accumulator(s, chunk), begun);
                 else
-                    r.finite[t] = losses_finite(w);
+                    s.run.finite[t] = losses_finite(w);
             }
             w.barrier->wait();
         }
@@ -293,15 +344,13 @@ static void run_thread(Shared& s, int me, int n) {
     if (s.run.half == 0)
         for (size_t i = 0; i < s.plan.inputs.size(); ++i) pack(s.plan.inputs[i], s.run.inputs[i], s.run, s.tier, me, n);
     s.all->wait();
-    if (me == 0) run_meta(s, false);
-    s.all->wait();
+    run_outside(s, false, me, n);
     if (me / s.shape.team < s.shape.workers) run_tasks(s, me / s.shape.team, me % s.shape.team);
     s.all->wait();
     if (s.run.half != s.plan.halves - 1) return;
     reduce(s, me, n);
     s.all->wait();
-    if (me == 0) run_meta(s, true);
-    s.all->wait();
+    run_outside(s, true, me, n);
     if (!s.finite.load() && !s.run.careful) return;  // the caller runs it again, task by task
     if (s.run.strict)
         for (int64_t t = 0; t < s.run.tasks; ++t)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
 from fastmaml.executors.cpu_kernels import native
 from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
@@ -66,23 +67,31 @@ class Prepared:
         masks = [name for name in plan.results if plan.buffers[name].kind == "mask"]
         self.results = [n for n in self.task_buffers if n in plan.results and n not in masks]
         self.kept = [n for n in self.task_buffers if n not in (*self.data, *self.leaves, *self.results, "dlogits")]
-        self.idle: dict[tuple[int, int], list[Workspace]] = {}
+        self.idle: dict[tuple[int, ...], list[Workspace]] = {}
 
-    def take(self, tasks: int, threads: int) -> Workspace:
-        idle = self.idle.setdefault((tasks, threads), [])
+    def key(self, batch: TaskBatch, threads: int) -> tuple[int, ...]:
+        return len(batch), threads, len(batch.support_x), len(batch.query_x)
+
+    def take(self, key: tuple[int, ...]) -> Workspace:
+        idle = self.idle.setdefault(key, [])
         try:
             return idle.pop()  # atomic: two threads never get the same one
         except IndexError:
             pass
         meta = torch.empty(self.lowering.meta_bytes + 64, dtype=torch.uint8)
+        tasks, threads, support, query = key
+        rows, low = {"support": support, "query": query}, self.lowering
+        kept = {}
+        for name in self.kept:
+            size = rows[low.buffers[name].rows] * low.row_bytes(name) if low.by_rows(name) else tasks * low.kept_bytes(name)
+            kept[name] = torch.empty(size + 64, dtype=torch.uint8)
         work = torch.empty(_cpu.work_bytes(self.native, tasks, threads) + 64, dtype=torch.uint8)
-        kept = {name: torch.empty(tasks * self.lowering.kept_bytes(name) + 64, dtype=torch.uint8) for name in self.kept}
         return Workspace(meta, work, kept)
 
-    def give_back(self, tasks: int, threads: int, workspace: Workspace) -> None:
+    def give_back(self, key: tuple[int, ...], workspace: Workspace) -> None:
         if len(self.idle) > 4:  # batches of ever new sizes must not pile up
             self.idle.clear()
-        self.idle.setdefault((tasks, threads), []).append(workspace)
+        self.idle.setdefault(key, []).append(workspace)
 
 
 def _aligned(tensor: Tensor) -> int:
@@ -128,7 +137,7 @@ class CpuExecutor:
         batch = call.batch
         prepared = self.prepared(max(batch.support_sizes), max(batch.query_sizes))
         threads = self.threads or torch.get_num_threads()
-        workspace = prepared.take(len(batch), threads)
+        workspace = prepared.take(prepared.key(batch, threads))
         data = {name: _floats(getattr(batch, _FIELD[name]), self.plan.buffers[name]) for name in prepared.data}
         values = {name: self._result(name, prepared, call) for name in prepared.results}
         pointers = {name: tensor.data_ptr() for name, tensor in (*data.items(), *values.items())}
@@ -143,7 +152,7 @@ class CpuExecutor:
             values.update(self._masks(prepared, workspace, batch))
         state = None
         if self.plan.entries == 1:
-            prepared.give_back(len(batch), threads, workspace)
+            prepared.give_back(prepared.key(batch, threads), workspace)
         else:
             versions = {name: tensor._version for name, tensor in data.items()}
             state = State(call, prepared, workspace, data, versions, finite)
@@ -235,7 +244,10 @@ class CpuExecutor:
                 tasks = []
                 for t in range(len(batch)):
                     rows = sizes[buffer.rows][t] if buffer.rows in sizes else batch.support_sizes[t] + batch.query_sizes[t]
-                    at = start + t * lowering.kept_bytes(name) + slot * step_stride
+                    if lowering.by_rows(name):
+                        at = start + sum(sizes[buffer.rows][:t]) * stride
+                    else:
+                        at = start + t * lowering.kept_bytes(name) + slot * step_stride
                     block = workspace.kept[name][at : at + rows * stride].view(rows, stride)[:, : buffer.numel]
                     tasks.append(block.clone().bool().view(rows, *buffer.shape))
                 out[name, slot] = tasks

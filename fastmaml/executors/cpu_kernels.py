@@ -123,10 +123,35 @@ def _rows(instr: Instruction, buffers: Buffers) -> bool:
 
 
 def _sgd(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    if _buffer(instr.inputs[0], buffers).rows:
+        return _sgd_rows(instr, buffers)
     per_element = instr.attrs.get("per_element", False)
     if instr.kernel != "sgd_bwd_rate":
         per_element = _buffer(instr.inputs[-1], buffers).shape != () and _buffer(instr.inputs[0], buffers).shape != ()
     return Native(instr.kernel, (*instr.inputs, *instr.outputs), (_width(instr.inputs[0], buffers), int(per_element)))
+
+
+def _sgd_rows(instr: Instruction, buffers: Buffers) -> Native:
+    """A factor's state: rows of the support set."""
+    refs, width = (*instr.inputs, *instr.outputs), _width(instr.inputs[0], buffers)
+    if instr.kernel == "sgd_bwd_rate":
+        return Native("sgd_bwd_rate", refs, (width, 0, 1))
+    return Native(instr.kernel.replace("sgd_", "sgd_rows_"), refs, (width,))
+
+
+def _factored(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    refs = (*instr.inputs, *instr.outputs)
+    rows = {"support": 1, "query": 2, "joint": 3}
+    if instr.kernel == "gram_fwd":
+        x, _, g = refs
+        return Native("gram_fwd", refs, (_width(x, buffers), rows[buffers[g.buffer].rows]), unpadded=(0, 1))
+    width = _width(instr.outputs[0], buffers)
+    kernel = instr.kernel.removesuffix("_jvp") if "bwd" in instr.kernel else instr.kernel
+    return Native(kernel, refs, (width, rows[buffers[refs[0].buffer].rows] if refs[0] else 1))
+
+
+def _row_sum(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    return Native("row_sum_bwd", (*instr.inputs, *instr.outputs), (0, _width(instr.outputs[0], buffers)))
 
 
 def _array(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
@@ -230,6 +255,9 @@ def _reshape(instr: Instruction, buffers: Buffers, extent: str | None) -> Native
 
 _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
     "linear": _linear,
+    "gram": _factored,
+    "factored_linear": _factored,
+    "row_sum": _row_sum,
     "batchnorm": _batchnorm,
     "relu": _relu,
     "leaky_relu": _relu,

@@ -55,8 +55,11 @@ class Lowering:
         self._layouts()
         self.phases = [self._phase(phase) for phase in plan.schedule]
         self._import_task_leaves()
-        for _, groups in self.phases:
-            self._fuse(groups)
+        for phase, groups in self.phases:
+            if phase.scope == "task":
+                self._fuse(groups)
+            for _, steps in groups:
+                self._pair(steps)
         self._addresses()
         self.words = self._words()
 
@@ -118,7 +121,7 @@ class Lowering:
         groups = []
         for name in phase.segments:
             for group in self.plan.segments[name].groups:
-                groups.append((group.rows, list(self._group(group, "meta" if phase.scope == "meta" else "run"))))
+                groups.append((group.rows, list(self._group(group, "run" if phase.scope == "task" else "meta"))))
         return phase, groups
 
     def _group(self, group: Group, home: str) -> Iterable[Step]:
@@ -170,6 +173,8 @@ class Lowering:
 
     def _sized(self, call: Native) -> Native:
         """Elementwise kernels walk the stored floats (packed arrays have padding of their own); row copies say what is padded."""
+        if call.kernel == "sgd_bwd_rate" and len(call.sizes) == 3:
+            return call
         if call.kernel in ("sgd_fwd", "sgd_bwd", "sgd_bwd_rate", "axpy_fwd", "scale_fwd", "add_fwd", "zero_fwd", "copy_fwd"):
             ref = next(ref for ref in call.operands if ref is not None)
             scalar = (1,) if call.kernel in ("axpy_fwd", "scale_fwd") and self.buffers[ref.buffer].shape == () else ()
@@ -219,6 +224,17 @@ class Lowering:
                 self.buffers[name] = replace(buffer, first=new)
 
     # ------------------------------------------------------------------------------------------------- fusion
+    @staticmethod
+    def _pair(steps: list[Step]) -> None:
+        """A bwd_input followed by its tangent on the same dy and w: one call that reads w once."""
+        for i in range(len(steps) - 2, -1, -1):
+            first, second = steps[i].call, steps[i + 1].call
+            if first.kernel == "linear_bwd_input" and second.kernel == "linear_bwd_input_jvp" and second.operands[2] is not None:
+                dy, w, dx = first.operands
+                if second.operands[:2] == (dy, w):
+                    call = Native("linear_bwd_input_both", (*second.operands[:4], dx, second.operands[4]), first.sizes)
+                    steps[i : i + 2] = [Step(call, steps[i].rows)]
+
     def _fuse(self, groups: list[tuple[str | None, list[Step]]]) -> None:
         """bwd_weight + sgd, bwd_weight_jvp + axpy: the product is added to what it is for, and is never stored itself."""
         steps = [(g, step) for g, (_, members) in enumerate(groups) for step in members]
@@ -270,6 +286,8 @@ class Lowering:
         if self._outside(buffer):
             if buffer.rows or buffer.name in self.plan.inputs or buffer.shape == ():
                 return 4 * buffer.numel
+        if buffer.columns:
+            return 4 * pad(self.capacity[buffer.columns])
         return pad(buffer.numel) * (1 if buffer.kind == "mask" else 4) if buffer.name not in self.packed else 4 * self._floats(buffer)
 
     def _floats(self, buffer: Buffer) -> int:
@@ -352,14 +370,21 @@ class Lowering:
         home, task_buffer, offset = self.at[buffer.name]
         if buffer.home == "task" and buffer.first:
             offset = -self._step_stride(buffer)
-        rows = ROWS[buffer.rows]
-        words = [1, 0, home, rows, task_buffer, ref.shift, offset, self._step_stride(buffer), self._stride(buffer), int(bool(buffer.first))]
-        if buffer.steps == 0:
-            words[5] = 0
+        shift = ref.shift if buffer.steps else 0
+        by_row = int(bool(buffer.rows))
+        words = [1, home, task_buffer, by_row, shift, offset, self._step_stride(buffer), self._stride(buffer), int(bool(buffer.first))]
         if buffer.first:
             first_home, first_task, first_offset = self.at[buffer.first]
             words += [first_home, first_task, first_offset]
         return words
+
+    def by_rows(self, name: str) -> bool:
+        """Whether a kept buffer holds the rows of all tasks one after another (as batch phases need them)."""
+        buffer = self.buffers[name]
+        return buffer.rows in ("support", "query") and not buffer.steps
+
+    def row_bytes(self, name: str) -> int:
+        return self._stride(self.buffers[name])
 
     def kept_bytes(self, name: str) -> int:
         """Bytes per task of a task-home buffer that is not the caller's."""
@@ -381,27 +406,45 @@ class Lowering:
         words += [floats, self.plan.entries, len(self.task_buffers)]
         for name in self.task_buffers:
             buffer = self.buffers[name]
-            rows = ROWS[buffer.rows] if self._outside(buffer) else 0
-            words += [rows, self._stride(buffer) if rows else self.kept_bytes(name)]
+            rows = ROWS[buffer.rows] if self._outside(buffer) or self.by_rows(name) else 0
+            words += [rows, self.row_bytes(name) if rows else self.kept_bytes(name)]
         self.inputs = [n for n in self.plan.inputs if self.buffers[n].home == "meta"]
         self.outputs = [n for n in self.plan.results if self.buffers[n].home == "meta"]
         for ports in (self.inputs, self.outputs):
             words.append(len(ports))
             for name in ports:
                 words += self._port(self.buffers[name])
-        words += [len(self.plan.reductions), *reductions, *self._checked(), len(self.phases)]
+        words += [len(self.plan.reductions), *reductions, *self._weighted(), *self._checked(), len(self.phases)]
         for phase, groups in self.phases:
-            words += [int(phase.scope == "meta"), phase.half, phase.start, phase.stop, phase.stride, len(groups)]
+            words += [("task", "meta", "batch").index(phase.scope), phase.half, phase.start, phase.stop, phase.stride, len(groups)]
             for rows, steps in groups:
                 words += [ROWS[rows], self._block(rows, steps), len(steps)]
                 for step in steps:
-                    words += self._call(step.call)
+                    words += self._call(step.call, phase.scope == "batch" and self._sums(step))
         return words
 
     def _port(self, buffer: Buffer) -> list[int]:
         packed = buffer.name in self.packed
         rows, cols = buffer.shape if packed else (1, buffer.numel)
         return [self.at[buffer.name][2], int(packed), rows, cols, self._slots(buffer), self._step_stride(buffer)]
+
+    def _weighted(self) -> list[int]:
+        """Rows that a batch phase sums over all tasks."""
+        refs = {}
+        for phase, groups in self.phases:
+            for _, steps in groups if phase.scope == "batch" else ():
+                for step in steps:
+                    if self._sums(step):
+                        refs[step.call.operands[1]] = None  # dy of linear_bwd_weight
+        words = [len(refs)]
+        for ref in refs:
+            buffer = self.buffers[self._name(ref.buffer)]
+            words += [*self._operand(ref), ROWS[buffer.rows], self._stride(buffer) // 4]
+        return words
+
+    @staticmethod
+    def _sums(step: Step) -> bool:
+        return step.call.kernel == "linear_bwd_weight"
 
     def _checked(self) -> list[int]:
         words, count = [], 0
@@ -418,8 +461,8 @@ class Lowering:
     def _writes(self, phase: Phase, name: str) -> bool:
         return any(r.buffer == name for s in phase.segments for i in self.plan.segments[s].instructions for r in i.writes())
 
-    def _call(self, call: Native) -> list[int]:
-        words = [self.kernel_ids[call.kernel], len(call.operands)]
+    def _call(self, call: Native, sums: bool) -> list[int]:
+        words = [self.kernel_ids[call.kernel], int(sums), len(call.operands)]
         for ref in call.operands:
             words += self._operand(ref)
         numbers = [struct.unpack("<i", struct.pack("<f", n))[0] for n in call.numbers]

@@ -90,21 +90,33 @@ class TorchExecutor:
         first = phases.index(task_phases[0]) if task_phases else len(phases)
         outer = Task(-1, {}, 0, meta)
         for phase in phases[:first]:
-            self._phase(outer, phase, call)
+            self._once(outer, tasks, phase, call)
         for task in tasks:
             task.env.update(meta)
             for phase in task_phases:
                 self._phase(task, phase, call)
         finite = torch.tensor([self._finite(task) for task in tasks])
         if half == self.plan.entries - 1:
-            self._reduce(call, meta, [task for task in tasks if finite[task.index]])
+            good = [task for task in tasks if finite[task.index]]
+            self._reduce(call, meta, good)
             for phase in phases[first:]:
-                if phase.scope == "meta":
-                    self._phase(outer, phase, call)
-        return Results(self._collect(meta, tasks), finite, (call, meta, tasks), self._ran(call, finite))
+                if phase.scope != "task":
+                    self._once(outer, good, phase, call)
+        return Results(self._collect(meta, tasks), finite, (call, meta, tasks), self.name)
 
-    def _ran(self, call: Call, finite: Tensor) -> str:
-        return self.name
+    def _once(self, outer: Task, tasks: list[Task], phase: Phase, call: Call) -> None:
+        """A phase of scope "meta", or "batch": for the rows of all tasks, where sums over rows are weighted sums over the tasks."""
+        if phase.scope == "meta":
+            return self._phase(outer, phase, call)
+        for task in tasks:
+            task.env.update(outer.env)
+            self._phase(task, phase, call)
+        for name in phase.segments:
+            for instr in self.plan.segments[name].instructions:
+                for ref in instr.writes():
+                    if self.plan.buffers[ref.buffer].rows is None:
+                        zero = self._zeros(outer, self.plan.buffers[ref.buffer])
+                        outer.env[ref.buffer, 0] = sum((call.task_weight(t.index) * t.env[ref.buffer, 0] for t in tasks), zero)
 
     def _phase(self, task: Task, phase: Phase, call: Call) -> None:
         for step in phase.steps():
@@ -141,6 +153,7 @@ class TorchExecutor:
     # ------------------------------------------------------------------------------------------------------- results
     def _finite(self, task: Task) -> bool:
         names = [n for n in self.plan.results if n.startswith(("loss", "logits"))] + [r.source.buffer for r in self.plan.reductions]
+        names += [n for n, b in self.plan.buffers.items() if n.startswith("zeta_bar.") and b.home == "task"]
         keys = [(n, slot) for n in names for slot in range(max(self.plan.buffers[n].steps, 1))]
         return all(bool(torch.isfinite(task.env[key]).all()) for key in keys if key in task.env)
 

@@ -76,6 +76,32 @@ def linear_bwd_weight_jvp(task, attrs: Attrs, x, dy, xt, dyt):  # dwt = dyt^T x 
     return total(first[0], None if xt is None else linear_bwd_weight(task, attrs, xt, dy)[0]), first[1]
 
 
+@kernel("gram_fwd")
+def gram_fwd(task, attrs: Attrs, x, xs):  # G = x xs^T
+    return x @ xs.T
+
+
+@kernel("factored_linear_fwd")
+def factored_linear_fwd(task, attrs: Attrs, base, gram, state, b):  # y = A + G D + b
+    y = base + gram @ state
+    return y if b is None else y + b
+
+
+@kernel("factored_linear_jvp")
+def factored_linear_jvp(task, attrs: Attrs, direction, bt):
+    return bt.expand(task.rows["support"], -1) if direction is None else direction + bt
+
+
+@kernel("factored_linear_bwd", "factored_linear_bwd_jvp")
+def factored_linear_bwd(task, attrs: Attrs, gram, dy):  # D_bar = G^T dy
+    return gram.T @ dy
+
+
+@kernel("row_sum_bwd", "row_sum_bwd_jvp")
+def row_sum_bwd(task, attrs: Attrs, dy):  # db = sum dy
+    return dy.sum(0)
+
+
 def _padded(x: Tensor, attrs: Attrs) -> Tensor:
     top, bottom, left, right = attrs["padding"]
     return F.pad(x, (left, right, top, bottom))

@@ -7,7 +7,7 @@ jvp + bwd_jvp is the exact Hessian-vector product, forward over reverse (Pearlmu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastmaml.plan.instructions import Operand, Ref
@@ -372,6 +372,54 @@ def _product(name: str) -> Rule:
     return Rule(fwd, jvp, bwd, bwd_jvp)
 
 
+def _gram() -> Rule:
+    """G = x x_s^T: of data alone, so it has no derivatives."""
+
+    def fwd(p: Pass, op: Op) -> None:
+        g = p.value[op.output]
+        p.buffers[g.buffer] = replace(p.buffers[g.buffer], columns="support")
+        p.emit("gram_fwd", (p.value[op.inputs[0]], p.support_data), (g,))
+
+    def none(p: Pass, op: Op) -> None:
+        return None
+
+    return Rule(fwd, none, none, none)
+
+
+def _factored_linear() -> Rule:
+    """y = A + G D + b (see rewrite.py). The gradient pass hands out delta = dy itself as the gradient of D, which is what the update of W does to D;
+    the others hand out the cotangent G^T dy. An HVP's direction is that of y."""
+
+    def fwd(p: Pass, op: Op) -> None:
+        p.emit("factored_linear_fwd", _values(p, op), (p.value[op.output],))
+
+    def jvp(p: Pass, op: Op) -> Operand:
+        _, _, state_t, bias_t = _dots(p, op)
+        if bias_t is None:
+            return state_t
+        out = p.like("t", op.output)
+        p.emit("factored_linear_jvp", (state_t, bias_t), (out,))
+        return out
+
+    def reverse(p: Pass, op: Op, dy: Ref, dot: bool) -> None:
+        base, gram, state, bias = op.inputs
+        if p.factor_gradient:
+            p.alias_bar(state, dy)
+        else:
+            mode = "bwd_jvp" if dot else "bwd"
+            p.add_bar(state, lambda d: p.emit(f"factored_linear_{mode}", (p.value[gram], dy), (d,)), dot)
+        p.alias_bar(base, dy, dot)
+        if bias in p.wanted:
+            name = "row_sum_bwd_jvp" if dot else "row_sum_bwd"
+            p.add_bar(bias, lambda d: p.emit(name, (dy,), (d,)), dot)
+
+    def bwd_jvp(p: Pass, op: Op) -> None:
+        if op.output in p.bar_dot:
+            reverse(p, op, p.bar_dot[op.output], True)
+
+    return Rule(fwd, jvp, lambda p, op: reverse(p, op, p.bar[op.output], False), bwd_jvp)
+
+
 def _module() -> Rule:
     """A whole nn.Module as one op. Its graph is recomputed once per pass; one double backward of it gives the tangent J u and the second-order
     term of the HVP together, so ``module_jvp`` also reads dy: the caller orders it after the primal backward pass (see sweep.order)."""
@@ -429,5 +477,7 @@ RULES: Mapping[str, Rule] = {
     "add": _add(),
     "mul": _product("mul"),
     "matmul": _product("matmul"),
+    "gram": _gram(),
+    "factored_linear": _factored_linear(),
     "module": _module(),
 }

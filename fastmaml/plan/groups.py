@@ -11,10 +11,17 @@ from collections.abc import Iterable, Mapping
 from fastmaml.plan.instructions import Buffer, Group, Instruction
 
 
+# They read other rows than they write, or all rows of an array at once
+WHOLE = {
+    *("join_rows_fwd", "query_rows_fwd", "query_rows_bwd", "sgd_bwd_rate"),
+    *("gram_fwd", "factored_linear_fwd", "factored_linear_bwd", "factored_linear_bwd_jvp"),
+}
+
+
 def rows_of(instr: Instruction, buffers: Mapping[str, Buffer]) -> str | None:
     """The extent that an instruction walks; None if it has no rows, or changes them (then it runs whole)."""
     extents = {buffers[ref.buffer].rows for ref in (*instr.reads(), *instr.writes())} - {None}
-    whole = instr.kernel.startswith(("join_rows", "query_rows", "module"))
+    whole = instr.kernel in WHOLE or instr.kernel.startswith("module")
     return extents.pop() if len(extents) == 1 and not whole else None
 
 

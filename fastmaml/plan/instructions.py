@@ -24,6 +24,7 @@ class Buffer:
     home      meta: one copy | task: one per task, kept | run: one per task in flight | scratch: one segment long | block: one group long
     rows      the extent of its leading sample axis, or None
     shape     of one row if ``rows``, else of the whole buffer
+    columns   the extent of the row itself, for a Gram matrix [rows, columns]; None: the row has ``shape``
     steps     slots on its step axis (0: it has none); slot 0 is ``first`` where that is given (theta_0 is the leaf itself)
     """
 
@@ -34,6 +35,7 @@ class Buffer:
     home: str = ""  # filled by memory.assign_homes where the sweep leaves it open
     steps: int = 0
     first: str | None = None
+    columns: str | None = None
 
     @property
     def numel(self) -> int:
@@ -97,7 +99,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Phase:
-    """Runs ``segments`` at each step of range(start, stop, stride); scope "meta": once per meta-iteration, "task": for each task."""
+    """Runs ``segments`` at each step of range(start, stop, stride); scope "meta": once per meta-iteration, "task": for each task,
+    "batch": once over the rows of all tasks together, where a sum over rows is the sum over tasks, each with its weight."""
 
     segments: tuple[str, ...]
     scope: str = "task"

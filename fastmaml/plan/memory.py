@@ -18,7 +18,7 @@ def assign_homes(
     scope = {name: phase.scope for phase in schedule for name in phase.segments}
     half = {name: phase.half for phase in schedule for name in phase.segments}
     used: dict[str, set[tuple[str, int]]] = {name: set() for name in buffers}
-    made_once = set()
+    made_once, together = set(), set()
     for name, segment in segments.items():
         for g, group in enumerate(segment.groups):
             for instr in group.instructions:
@@ -26,6 +26,9 @@ def assign_homes(
                     used[ref.buffer].add((name, g))
                 if scope[name] == "meta":
                     made_once.update(ref.buffer for ref in instr.writes())
+                if scope[name] == "batch":
+                    made_once.update(ref.buffer for ref in instr.writes() if not buffers[ref.buffer].rows)
+                    together.update(ref.buffer for ref in (*instr.reads(), *instr.writes()) if buffers[ref.buffer].rows)
     kept = set(results)
     out = {}
     for name, buffer in buffers.items():
@@ -36,7 +39,7 @@ def assign_homes(
         if not home:
             whole = len({segment for segment, _ in places}) == 1
             home = "block" if len(places) == 1 and buffer.rows else "scratch" if whole else "run"
-        if home in ("run", "scratch", "block") and (name in kept or len({half[segment] for segment, _ in places}) > 1):
+        if home in ("run", "scratch", "block") and (name in together or name in kept or len({half[segment] for segment, _ in places}) > 1):
             home = "task"
         out[name] = replace(buffer, home=home)
     return out
@@ -77,7 +80,8 @@ def plan_bytes(plan: Plan, rows: Mapping[str, int], tasks: int, in_flight: int, 
     def bytes_of(buffer: Buffer) -> int:
         size = {"mask": 1, "index": 4, "label": 8, "handle": 0}.get(buffer.kind, itemsize)
         stored = buffer.steps - 1 if buffer.first else max(buffer.steps, 1)
-        return buffer.numel * (rows[buffer.rows] if buffer.rows else 1) * stored * size
+        width = rows[buffer.columns] if buffer.columns else buffer.numel
+        return width * (rows[buffer.rows] if buffer.rows else 1) * stored * size
 
     total = dict.fromkeys(("meta", "task", "run", "scratch"), 0)
     for name, buffer in plan.buffers.items():

@@ -25,6 +25,7 @@ class Pass:
     def __init__(self, name: str, program: Program, ops: Iterable[Op], extent: str, buffers: dict[str, Buffer]) -> None:
         self.name, self.program, self.ops, self.extent, self.buffers = name, program, tuple(ops), extent, buffers
         self.leaf_values = {leaf.value for leaf in program.leaves}
+        self.states = {leaf.value for leaf in program.leaves if program.values[leaf.value].rows}  # factors: rows of the support set
         self.instructions: list[Instruction] = []
         self.value: dict[int, Ref] = {}
         self.dot: dict[int, Ref] = {}
@@ -38,22 +39,27 @@ class Pass:
         self.dot_stats: dict[int, tuple[Operand, Operand]] = {}
         self.bar_sums: dict[int, tuple[Operand, Operand]] = {}
         self.second: dict[int, list[Operand]] = {}
+        self.support_data: Operand = None  # x of the support rows, for Gram matrices
+        self.factor_gradient = False  # the gradient pass: see rewrite.py
         self.bars_given = False  # memory="fast": the adjoints came along, too
 
     # ------------------------------------------------------------------------------------------------------------ emission
-    def new(self, tag: str, shape: tuple[int, ...], rows: bool, kind: str = "real", steps: int = 0) -> Ref:
+    def new(self, tag: str, shape: tuple[int, ...], rows: bool | str, kind: str = "real", steps: int = 0) -> Ref:
+        """A buffer of this pass; ``rows``: whether it has the pass's rows, or the extent of other ones."""
         name, n = f"{self.name}.{tag}", 1
         while name in self.buffers:
             n += 1
             name = f"{self.name}.{tag}.{n}"
-        self.buffers[name] = Buffer(name, shape, self.extent if rows else None, kind, "run" if steps else "", steps)
+        extent = self.extent if rows is True else rows or None
+        self.buffers[name] = Buffer(name, shape, extent, kind, "run" if steps else "", steps)
         return Ref(name)
 
     def like(self, tag: str, v: int, keep: bool = False) -> Ref:
         """A buffer in the shape of value ``v``; ``keep``: with a step axis under memory="fast" (a leaf's gradient never)."""
         spec = self.program.values[v]
         keep = keep and v not in self.leaf_values
-        return self.new(f"{tag}{v}", spec.shape, spec.rows, steps=self.keep_steps if keep and self.keep_values else 0)
+        rows = "support" if v in self.states else spec.rows
+        return self.new(f"{tag}{v}", spec.shape, rows, steps=self.keep_steps if keep and self.keep_values else 0)
 
     def emit(self, kernel: str, inputs: Iterable[Operand], outputs: Iterable[Operand], /, **attrs: Any) -> None:
         self.instructions.append(Instruction(kernel, tuple(inputs), tuple(outputs), MappingProxyType(attrs)))

@@ -13,14 +13,15 @@ the loss tangent of the HVP. Any other rate reads the stored g_k. ``notes/sweep_
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastmaml.plan.differentiate import backward, forward
 from fastmaml.plan.groups import make_groups
 from fastmaml.plan.instructions import Buffer, Instruction, Operand, Phase, Plan, Reduction, Ref, Segment
 from fastmaml.plan.memory import assign_homes
 from fastmaml.plan.passes import Pass
-from fastmaml.program import CLASS_WEIGHT, Loss, Op, Program
+from fastmaml.plan.rewrite import STATE, factor_first_layers
+from fastmaml.program import CLASS_WEIGHT, Leaf, Loss, Op, Program
 
 ENTRIES = ("train", "halves", "evaluate", "adapt", "predict")
 
@@ -42,6 +43,7 @@ class Arrangement:
     entry         train: loss and gradients | halves: the same around a torch outer loss | evaluate: no gradients | adapt: theta_K | predict: logits of theta
     rates         the Rate of each adapted leaf, by name
     query_from    None: the outer loss reads theta_K alone; k: it is the weighted sum of the losses of theta_k .. theta_K (multi-step loss)
+    support_rows  rows of the largest support set, where known: layers with more inputs are factored (see rewrite.py)
     record_masks  keep ReLU masks and pooling indices of every task, to replay them in float64
     """
 
@@ -53,10 +55,16 @@ class Arrangement:
     query_from: int | None = None
     memory: str = "constant"
     record_masks: bool = False
+    support_rows: int | None = None
 
 
 def build_plan(program: Program, arrangement: Arrangement) -> Plan:
     """The Plan of one meta-iteration. Raises ValueError where no adapted leaf reaches the output."""
+    if arrangement.support_rows and arrangement.steps and arrangement.entry in ("train", "halves", "evaluate"):
+        scalar = {name: rate.shape == () for name, rate in arrangement.rates.items()}
+        program, factored = factor_first_layers(program, scalar, arrangement.support_rows)
+        states = {f.weight + STATE: arrangement.rates[f.weight] for f in factored}
+        arrangement = replace(arrangement, rates={**arrangement.rates, **states})
     return _Sweep(program, arrangement).build()
 
 
@@ -78,6 +86,7 @@ class _Sweep:
         self.outer_extent = "joint" if joint else "query"
         self.accumulators: dict[int, Ref] = {}  # zeta_bar: cotangents of non-adapted values, summed over the steps
         self.prefix: dict[str, Pass] = {}
+        self.together: dict[str, set[str]] = {}  # by extent: row buffers that exist for all tasks at once
         self.results: dict[str, None] = {}
 
     # ------------------------------------------------------------------------------------------------------- what depends on what
@@ -124,7 +133,8 @@ class _Sweep:
                 kind = "real" if self.a.loss.name == "mse" else "label"
                 self._buffer(f"y.{extent}", target, extent, kind=kind, home="task")
         for leaf in self.program.leaves:
-            self._buffer(leaf.name, self.program.values[leaf.value].shape, home=leaf.home)
+            if not self._is_factor(leaf):
+                self._buffer(leaf.name, self.program.values[leaf.value].shape, home=leaf.home)
         if self.a.loss.class_weight:
             self._buffer(CLASS_WEIGHT, self.program.values[self.program.output].shape, home="meta")
         for rate in {self.a.rates[leaf.name] for leaf in self.adapted} if self.steps else ():
@@ -133,11 +143,18 @@ class _Sweep:
             self._buffer("step_weights", home="meta", steps=self.steps + 1)
         self.inputs = tuple(self.buffers)
         for leaf in self.adapted:
+            rows, first = ("support", None) if self._is_factor(leaf) else (None, leaf.name)  # a factor begins at zero
             shape = self.program.values[leaf.value].shape
             if self.steps:
-                self._buffer(f"theta.{leaf.name}", shape, home="run", steps=self.steps + 1, first=leaf.name)
+                self._buffer(f"theta.{leaf.name}", shape, rows, home="run", steps=self.steps + 1, first=first)
             if self.trains:
-                self._buffer(f"theta_bar.{leaf.name}", shape, home="run")
+                self._buffer(f"theta_bar.{leaf.name}", shape, rows, home="run")
+
+    def _is_factor(self, leaf: Leaf) -> bool:
+        return self.program.values[leaf.value].rows
+
+    def _rows(self, leaf: Leaf) -> str | None:
+        return "support" if self._is_factor(leaf) else None
 
     def _theta(self, name: str, shift: int = 0) -> Ref:
         return Ref(f"theta.{name}", shift) if self.steps else Ref(name)
@@ -151,6 +168,7 @@ class _Sweep:
             p.value.update({op.output: self.meta.value[op.output] for op in self.ops["meta"]})
         if extent in self.prefix and not name.startswith("prologue"):
             p.value.update({op.output: self.prefix[extent].value[op.output] for op in self.ops["task"]})
+        p.factor_gradient = name == "gradient"
         return p
 
     # ------------------------------------------------------------------------------------------------------- segments
@@ -185,15 +203,36 @@ class _Sweep:
             self._buffer("x.joint", self.program.values[self.program.input].shape, "joint", home="run")
             join = Instruction("join_rows_fwd", (Ref("x.support"), Ref("x.query")), (Ref("x.joint"),))
             self.segments["prologue"].append(join)
+        self.segments["prologue_batch"] = []
         if self.ops["task"]:
             extents = ["support"] * (self.steps > 0) + [self.outer_extent] * (self.a.entry != "adapt")
             for extent in extents:
-                p = self._pass(f"prologue.{extent}", self.ops["task"], extent)
-                self.prefix[extent] = p
-                forward(p)
-                self.segments["prologue"] += self._take(p)
+                self.prefix[extent] = self._prefix_pass(extent)
+        for leaf in self.adapted:
+            if self._is_factor(leaf):
+                self.segments["prologue"].append(Instruction("zero_fwd", (), (Ref(f"theta.{leaf.name}"),)))
         differentiable = self._differentiable()
         self.zeta = [v for v in self._consumed(self.ops["step"], ("meta", "task")) if v in differentiable]
+
+    def _prefix_pass(self, extent: str) -> Pass:
+        """The layers that no adapted leaf reaches, over one extent. Linear maps of the samples run for all tasks together."""
+        p = self._pass(f"prologue.{extent}", self.ops["task"], extent)
+        gram = next((op for op in self.ops["task"] if op.name == "gram"), None)
+        if gram is not None:
+            first = self.prefix.get("support", p)  # the support pass comes first
+            data = gram.inputs[0]
+            p.support_data = first.value[data] if data in first.value else Ref("x.support")
+            if first is p and data != self.program.input:
+                p.support_data = Ref("x.support")
+        forward(p)
+        self.together.setdefault(extent, {f"x.{extent}"} if extent != "joint" else set())
+        for instr in self._take(p):
+            rows = [ref.buffer for ref in instr.reads() if self.buffers[ref.buffer].rows]
+            batch = instr.kernel in ("linear_fwd", "reshape_fwd") and all(name in self.together[extent] for name in rows)
+            if batch:
+                self.together[extent].update(ref.buffer for ref in instr.writes())
+            self.segments["prologue_batch" if batch else "prologue"].append(instr)
+        return p
 
     @staticmethod
     def _take(p: Pass) -> list[Instruction]:
@@ -224,7 +263,7 @@ class _Sweep:
         keep = self._keeps_gradient()
         for leaf in self.adapted:
             steps = self.steps if keep else 0
-            g = self._buffer(f"g.{leaf.name}", self.program.values[leaf.value].shape, home="run", steps=steps)
+            g = self._buffer(f"g.{leaf.name}", self.program.values[leaf.value].shape, self._rows(leaf), home="run", steps=steps)
             p.place(p.bar.get(leaf.value), g)
         self.gradient = p
         self.segments["gradient"] = self._take(p)
@@ -321,7 +360,9 @@ class _Sweep:
             if self.shared_rate:
                 direction[leaf.value] = theta_bar
             elif self.second_order:
-                direction[leaf.value] = u = self._buffer(f"u.{leaf.name}", self.program.values[leaf.value].shape, home="run")
+                direction[leaf.value] = u = self._buffer(
+                    f"u.{leaf.name}", self.program.values[leaf.value].shape, self._rows(leaf), home="run"
+                )
                 update_bwd.append(Instruction("sgd_bwd", (theta_bar, rate), (u,)))
         if self._keeps_gradient():
             update_bwd += self._rate_gradients()
@@ -398,6 +439,8 @@ class _Sweep:
             if self.level[v] == "meta":
                 contributions.setdefault(v, []).append(acc)
         epilogue: list[Instruction] = []
+        self.segments["epilogue_batch"] = []
+        self.summed: dict[int, list[Ref]] = {}  # cotangents that are sums over tasks already
         for extent, p in self.prefix.items():
             targets = [v for v in self._consumed(self.ops["task"], ("meta",)) if v in differentiable]
             p.want(targets)
@@ -406,10 +449,14 @@ class _Sweep:
                 if self.level[v] == "task" and self.program.values[v].rows and name in self.buffers:
                     p.bar[v] = Ref(name)
             backward(p)
-            for v in targets:
-                if v in p.bar:
-                    contributions.setdefault(v, []).append(p.bar[v])
-            epilogue += self._take(p)
+            found = {p.bar[v]: v for v in targets if v in p.bar}
+            for instr in self._take(p):
+                data = [instr.inputs[0].buffer] if instr.kernel == "linear_bwd_weight" else []
+                batch = data and data[0] in self.together[extent] and all(ref in found for ref in instr.writes())
+                self.segments["epilogue_batch"].append(instr) if batch else epilogue.append(instr)
+                for ref in instr.writes():
+                    if ref in found:
+                        (self.summed if batch else contributions).setdefault(found[ref], []).append(ref)
         sources = {}
         for v, refs in contributions.items():
             total = refs[0]
@@ -427,18 +474,21 @@ class _Sweep:
         self.reductions: list[Reduction] = []
         meta = self.meta
         meta.want([leaf.value for leaf in self.program.leaves if leaf.role == "outer" and leaf.home == "meta"])
-        for leaf in self.adapted:
+        for leaf in (leaf for leaf in self.adapted if not self._is_factor(leaf)):  # a factor begins at zero: nothing to learn
             sources[leaf.value] = Ref(f"theta_bar.{leaf.name}")
         for v, source in sources.items():
             shape, leaf = self.program.values[v].shape, self.leaf_of.get(v)
             if leaf and leaf.home == "task":
                 self._result(f"grad.{leaf.name}", shape, "finish", source)
                 continue
-            tied = any(v in op.inputs for op in self.ops["meta"])  # also read by an expression: the parts are added below
+            tied = v in self.summed or any(v in op.inputs for op in self.ops["meta"])  # also read by an expression: the parts are added below
             name = f"grad.{leaf.name}" if leaf and not tied else f"sum.{v}"
             self._buffer(name, shape, home="meta")
             self.reductions.append(Reduction(source, name))
             meta.bar[v] = Ref(name)
+        for v, refs in self.summed.items():
+            for ref in refs:
+                meta.alias_bar(v, ref)
         backward(meta)
         for leaf in self.program.leaves:
             name = f"grad.{leaf.name}"
@@ -469,7 +519,7 @@ class _Sweep:
         k, first = self.steps, self.a.query_from
         half = 1 if self.a.entry == "halves" else 0
         back = ("update_bwd", "hvp")
-        phases = [Phase(("prologue_meta",), "meta"), Phase(("prologue",)), Phase(("gradient", "update"), start=0, stop=k)]
+        phases = [Phase(("prologue_meta",), "meta"), Phase(("prologue_batch",), "batch"), Phase(("prologue",)), Phase(("gradient", "update"), start=0, stop=k)]
         phases.append(Phase(("query",), start=k, stop=k + 1))
         phases.append(Phase(("query_reverse",), start=k, stop=k + 1, half=half))
         if first is None:
@@ -479,6 +529,7 @@ class _Sweep:
             phases.append(Phase(back, start=min(first, k) - 1, stop=-1, stride=-1, half=half))
         phases.append(Phase(("epilogue",), half=half))
         phases.append(Phase(("finish",), start=k, stop=k + 1, half=half))
+        phases.append(Phase(("epilogue_batch",), "batch", half=half))
         phases.append(Phase(("epilogue_meta",), "meta", half=half))
         return phases
 

@@ -129,7 +129,8 @@ void cross_entropy_bwd(const Call& c) {  // z, label, weight?, step_weight?, dz
         write_row(c, r, z, dz, k.ways,
                   [=](vec e, int64_t j) { return fma(factor, e, -(w ? share * load(w + j) : share)); });
         // p - 1 of a confident row is a small difference: from the sums, in double
-        const double q = k.share * k.weight_of(y) + k.target * k.weight_of(y);  // rounded as q_sum is: one class gives zero
+        const double q =
+            k.share * k.weight_of(y) + k.target * k.weight_of(y);  // rounded as q_sum is: one class gives zero
         dz[y] = static_cast<float>((k.q_sum(y) * r.label_exp - q * r.sum) / r.sum * scale);
     }
 }

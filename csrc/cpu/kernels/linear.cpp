@@ -7,8 +7,9 @@
 namespace fastmaml {
 namespace FASTMAML_ISA {
 
-static constexpr int kRows = 6;                   // rows of a register tile
-static constexpr int kCols = VL == 16 ? 4 : 2;    // vectors of a register tile: 6 x 4 zmm, or 6 x 2 ymm/xmm
+static constexpr int kCols = VL == 16 ? 4 : 2;  // vectors of a register tile: 6 x 4 zmm, or 6 x 2 ymm/xmm
+static constexpr int kRows = 6;                 // its rows; narrow tiles are taller, to keep enough FMAs under way
+static constexpr int rows_of(int vectors) { return vectors == 1 ? 12 : VL == 16 && vectors == 2 ? 12 : VL == 16 && vectors == 3 ? 8 : kRows; }
 
 struct Pair {  // one product x w of a sum of products; w is [k][ldw]
     const float* x;
@@ -40,39 +41,40 @@ static inline void tile(const Pair* pairs, int n_pairs, int64_t k, float* y, int
         for (int c = 0; c < C; ++c) store(y + r * ldy + c * VL, acc[r][c]);
 }
 
+template <int R, int C>
+static inline void tile_rows(int64_t rows, const Pair* p, int np, int64_t k, float* y, int64_t ldy, const float* init, int64_t ldi) {
+    if (rows >= R) return tile<R, C>(p, np, k, y, ldy, init, ldi);
+    if constexpr (R > 1) tile_rows<R - 1, C>(rows, p, np, k, y, ldy, init, ldi);
+}
+
+// All rows of a column of tiles: full tiles, then what is left in one smaller tile.
 template <int C>
-static inline void tile_rows(int64_t rows, const Pair* p, int np, int64_t k, float* y, int64_t ldy, const float* init,
-                             int64_t ldi) {
-    switch (rows) {
-        case 1: return tile<1, C>(p, np, k, y, ldy, init, ldi);
-        case 2: return tile<2, C>(p, np, k, y, ldy, init, ldi);
-        case 3: return tile<3, C>(p, np, k, y, ldy, init, ldi);
-        case 4: return tile<4, C>(p, np, k, y, ldy, init, ldi);
-        case 5: return tile<5, C>(p, np, k, y, ldy, init, ldi);
-        default: return tile<6, C>(p, np, k, y, ldy, init, ldi);
+static void column(int64_t n, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy, const float* init, int64_t ld_init) {
+    constexpr int R = rows_of(C);
+    for (int64_t r = 0; r < n;) {
+        const int64_t left = n - r, rows = left >= R ? (left < 2 * R && left > R ? (left + 1) / 2 : R) : left;  // 10 = 5 + 5, not 8 + 2
+        Pair here[2];
+        for (int p = 0; p < n_pairs; ++p) here[p] = {pairs[p].x + r * pairs[p].ldx, pairs[p].ldx, pairs[p].w, pairs[p].ldw};
+        tile_rows<R, C>(rows, here, n_pairs, k, y + r * ldy, ldy, init ? init + r * ld_init : nullptr, ld_init);
+        r += rows;
     }
 }
 
 // y[n][cols] = init + sum of pairs, for cols (a multiple of kLane) columns that lie together in w.
-static void product(int64_t n, int64_t cols, Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
+static void product(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
                     const float* init, int64_t ld_init) {
     for (int64_t c = 0; c < cols; c += kCols * VL) {
         const int vectors = static_cast<int>((cols - c < kCols * VL ? cols - c : kCols * VL) / VL);
-        for (int64_t r = 0; r < n; r += kRows) {
-            Pair here[4];
-            for (int p = 0; p < n_pairs; ++p)
-                here[p] = {pairs[p].x + r * pairs[p].ldx, pairs[p].ldx, pairs[p].w + c, pairs[p].ldw};
-            const int64_t rows = n - r < kRows ? n - r : kRows;
-            float* out = y + r * ldy + c;
-            const float* from = init ? init + r * ld_init + c : nullptr;
-            switch (vectors) {
-                case 1: tile_rows<1>(rows, here, n_pairs, k, out, ldy, from, ld_init); break;
-                case 2: tile_rows<2>(rows, here, n_pairs, k, out, ldy, from, ld_init); break;
+        Pair here[2];
+        for (int p = 0; p < n_pairs; ++p) here[p] = {pairs[p].x, pairs[p].ldx, pairs[p].w + c, pairs[p].ldw};
+        const float* from = init ? init + c : nullptr;
+        switch (vectors) {
+            case 1: column<1>(n, here, n_pairs, k, y + c, ldy, from, ld_init); break;
+            case 2: column<2>(n, here, n_pairs, k, y + c, ldy, from, ld_init); break;
 #if defined(__AVX512F__)
-                case 3: tile_rows<3>(rows, here, n_pairs, k, out, ldy, from, ld_init); break;
-                default: tile_rows<4>(rows, here, n_pairs, k, out, ldy, from, ld_init); break;
+            case 3: column<3>(n, here, n_pairs, k, y + c, ldy, from, ld_init); break;
+            default: column<4>(n, here, n_pairs, k, y + c, ldy, from, ld_init); break;
 #endif
-            }
         }
     }
 }
@@ -152,39 +154,72 @@ static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, f
 }
 #endif
 
-// dx = dy1 w1 + dy2 w2, a share of the input columns, 64 of them at a time
-static void backward_input(const Call& c, const float* d1, int64_t ld1, const float* w1, const float* d2, int64_t ld2,
-                           const float* w2, float* dx, int64_t ldx) {
+// piece[o][k] = w[k][o] for `cols` inputs from k on and `outs` outputs of one panel; zero beyond the last input
+static void transpose_piece(const float* w, int64_t width, int64_t inputs, int64_t cols, int64_t outs, float* piece) {
+    if (outs < 4) {  // a head of one or two outputs: not worth a tile
+        for (int64_t j = 0; j < outs; ++j)
+            for (int64_t i = 0; i < cols; ++i) piece[j * cols + i] = i < inputs ? w[i * width + j] : 0.f;
+        return;
+    }
+    for (int64_t i = 0; i < cols; i += 16)
+        for (int64_t j = 0; j < outs; j += 16)
+            transpose_tile(w + i * width + j, width, inputs - i, piece + j * cols + i, cols);
+}
+
+struct Target {  // out += d w; `begun` once it holds something
+    const float* d;
+    int64_t ldd;
+    float* out;
+    int64_t ldo;
+    bool begun;
+};
+
+// One weight against up to two cotangents (dy and its tangent): a share of the input columns, 64 at a time, transposed once for both.
+static void times_weight(const Call& c, const float* w, int64_t k, int64_t cols, Target** targets, int n) {
     const int64_t in = c.sizes[0], out = c.sizes[1];
     alignas(64) float piece[kPanel * kPanel];
-    const Share s = share(pad_lane(in) / kLane, c);
-    const float *ds[2] = {d1, d2}, *ws[2] = {w1, w2};
-    const int64_t lds[2] = {ld1, ld2};
+    for (int64_t o = 0; o < out; o += kPanel) {
+        const int64_t width = packed_width(o / kPanel, out), outs = out - o < kPanel ? out - o : kPanel;
+        transpose_piece(w + o * in + k * width, width, in - k, cols, outs, piece);
+        for (int t = 0; t < n; ++t) {
+            Target& a = *targets[t];
+            Pair pair = {a.d + o, a.ldd, piece, cols};
+            product(c.n, cols, &pair, 1, outs, a.out + k, a.ldo, a.begun ? a.out + k : nullptr, a.ldo);
+            a.begun = true;
+        }
+    }
+}
+
+// dx = dy w and dxt = dyt w + dy wt, either of which may be unwanted (null)
+static void backward_input(const Call& c, const float* dy, int64_t ldy, const float* w, const float* dyt, int64_t ldyt,
+                           const float* wt, float* dx, int64_t ldx, float* dxt, int64_t ldxt) {
+    const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
     for (int64_t k = s.begin * kLane; k < s.end * kLane; k += kPanel) {
         const int64_t cols = s.end * kLane - k < kPanel ? s.end * kLane - k : kPanel;
-        bool begun = false;
-        for (int p = 0; p < 2; ++p) {
-            if (!ds[p] || !ws[p]) continue;
-            for (int64_t o = 0; o < out; o += kPanel) {
-                const int64_t width = packed_width(o / kPanel, out), outs = out - o < kPanel ? out - o : kPanel;
-                const float* w = ws[p] + o * in + k * width;
-                for (int64_t i = 0; i < cols; i += 16)
-                    for (int64_t j = 0; j < outs; j += 16)
-                        transpose_tile(w + i * width + j, width, in - k - i, piece + j * cols + i, cols);
-                Pair pair = {ds[p] + o, lds[p], piece, cols};
-                product(c.n, cols, &pair, 1, outs, dx + k, ldx, begun ? dx + k : nullptr, ldx);
-                begun = true;
-            }
+        Target primal = {dy, ldy, dx, ldx, false}, tangent = {dyt, ldyt, dxt, ldxt, false};
+        Target* targets[2];
+        int n = 0;
+        if (dx) targets[n++] = &primal;
+        if (dxt && dyt) targets[n++] = &tangent;
+        if (n) times_weight(c, w, k, cols, targets, n);
+        if (dxt && wt) {
+            tangent.d = dy, tangent.ldd = ldy;
+            targets[0] = &tangent;
+            times_weight(c, wt, k, cols, targets, 1);
         }
     }
 }
 
 void linear_bwd_input(const Call& c) {
-    backward_input(c, c.f(0), c.stride(0), c.f(1), nullptr, 0, nullptr, c.f(2), c.stride(2));
+    backward_input(c, c.f(0), c.stride(0), c.f(1), nullptr, 0, nullptr, c.f(2), c.stride(2), nullptr, 0);
 }
 
 void linear_bwd_input_jvp(const Call& c) {
-    backward_input(c, c.f(2), c.stride(2), c.f(1), c.f(0), c.stride(0), c.f(3), c.f(4), c.stride(4));
+    backward_input(c, c.f(0), c.stride(0), c.f(1), c.f(2), c.stride(2), c.f(3), nullptr, 0, c.f(4), c.stride(4));
+}
+
+void linear_bwd_input_both(const Call& c) {
+    backward_input(c, c.f(0), c.stride(0), c.f(1), c.f(2), c.stride(2), c.f(3), c.f(4), c.stride(4), c.f(5), c.stride(5));
 }
 
 // ---------------------------------------------------------------------------------------------------- bwd_weight
@@ -224,15 +259,21 @@ static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, float*
                   e.base ? fma(scale, acc[r][c], load(e.base + r * ldw + c * VL)) : acc[r][c]);
 }
 
-template <int C>
+template <int R, int C>
 static inline void outer_rows(int64_t rows, const Outer* t, int nt, int64_t n, float* dw, int64_t ldw, const Epilogue& e) {
-    switch (rows) {
-        case 1: return outer_tile<1, C>(t, nt, n, dw, ldw, e);
-        case 2: return outer_tile<2, C>(t, nt, n, dw, ldw, e);
-        case 3: return outer_tile<3, C>(t, nt, n, dw, ldw, e);
-        case 4: return outer_tile<4, C>(t, nt, n, dw, ldw, e);
-        case 5: return outer_tile<5, C>(t, nt, n, dw, ldw, e);
-        default: return outer_tile<6, C>(t, nt, n, dw, ldw, e);
+    if (rows >= R) return outer_tile<R, C>(t, nt, n, dw, ldw, e);
+    if constexpr (R > 1) outer_rows<R - 1, C>(rows, t, nt, n, dw, ldw, e);
+}
+
+// The rows [0, inputs) of one column of tiles of dw.
+template <int C>
+static void outer_column(int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw, const Epilogue& e) {
+    constexpr int R = rows_of(C);
+    for (int64_t k = 0; k < inputs; k += R) {
+        Outer here[2];
+        for (int t = 0; t < n_terms; ++t) here[t] = {terms[t].x + k, terms[t].ldx, terms[t].d, terms[t].ldd};
+        const Epilogue at = {e.from ? e.from + k * ldw : nullptr, e.base ? e.base + k * ldw : nullptr, e.scale};
+        outer_rows<R, C>(inputs - k < R ? inputs - k : R, here, n_terms, n, dw + k * ldw, ldw, at);
     }
 }
 
@@ -243,24 +284,21 @@ static void backward_weight(const Call& c, const Outer* terms, int n_terms, floa
     const bool fused = base && c.last;
     for (int64_t panel = 0; panel * kPanel < out; ++panel) {
         const int64_t width = packed_width(panel, out);
-        for (int64_t k = s.begin; k < s.end; k += kRows) {
-            const int64_t rows = s.end - k < kRows ? s.end - k : kRows;
-            for (int64_t o = 0; o < width; o += kCols * VL) {
-                const int64_t at = panel * kPanel * in + k * width + o;
-                Outer here[2];
-                for (int t = 0; t < n_terms; ++t)
-                    here[t] = {terms[t].x + k, terms[t].ldx, terms[t].d + panel * kPanel + o, terms[t].ldd};
-                const Epilogue e = {c.first ? nullptr : dw + at, fused ? base + at : nullptr,
-                                    fused ? c.numbers[0] * (scale ? *scale : 1.f) : 1.f};
-                const int vectors = static_cast<int>((width - o < kCols * VL ? width - o : kCols * VL) / VL);
-                switch (vectors) {
-                    case 1: outer_rows<1>(rows, here, n_terms, c.n, dw + at, width, e); break;
-                    case 2: outer_rows<2>(rows, here, n_terms, c.n, dw + at, width, e); break;
+        for (int64_t o = 0; o < width; o += kCols * VL) {
+            const int64_t at = panel * kPanel * in + s.begin * width + o, inputs = s.end - s.begin;
+            Outer here[2];
+            for (int t = 0; t < n_terms; ++t)
+                here[t] = {terms[t].x + s.begin, terms[t].ldx, terms[t].d + panel * kPanel + o, terms[t].ldd};
+            const Epilogue e = {c.first ? nullptr : dw + at, fused ? base + at : nullptr,
+                                fused ? c.numbers[0] * (scale ? *scale : 1.f) : 1.f};
+            const int vectors = static_cast<int>((width - o < kCols * VL ? width - o : kCols * VL) / VL);
+            switch (vectors) {
+                case 1: outer_column<1>(inputs, here, n_terms, c.n, dw + at, width, e); break;
+                case 2: outer_column<2>(inputs, here, n_terms, c.n, dw + at, width, e); break;
 #if defined(__AVX512F__)
-                    case 3: outer_rows<3>(rows, here, n_terms, c.n, dw + at, width, e); break;
-                    default: outer_rows<4>(rows, here, n_terms, c.n, dw + at, width, e); break;
+                case 3: outer_column<3>(inputs, here, n_terms, c.n, dw + at, width, e); break;
+                default: outer_column<4>(inputs, here, n_terms, c.n, dw + at, width, e); break;
 #endif
-                }
             }
         }
     }
@@ -289,6 +327,85 @@ void linear_bwd_weight_jvp(const Call& c) {
     if (xt && dy) terms[n++] = {xt, c.stride(2), dy, c.stride(1)};
     if (c.f(4)) backward_weight(c, terms, n, c.f(4), c.f(6), c.f(7));
     if (c.f(5)) backward_bias(c, dyt, c.stride(3), c.f(5));
+}
+
+void row_sum_bwd(const Call& c) { backward_bias(c, c.f(0), c.stride(0), c.f(1)); }
+
+// ---------------------------------------------------------------------------------------------------- factored first layers
+static int64_t rows_of_extent(const Call& c, int64_t extent) {  // as enum class Rows
+    return extent == 1 ? c.task->n_support : extent == 2 ? c.task->n_query : c.task->n_support + c.task->n_query;
+}
+
+template <int R>
+static inline void dots(const float* x, const float* const* xs, int64_t in, float* out) {
+    vec acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = vec{};
+    int64_t i = 0;
+    for (; i + VL <= in; i += VL) {
+        const vec a = load(x + i);
+        for (int r = 0; r < R; ++r) acc[r] = fma(a, load(xs[r] + i), acc[r]);
+    }
+    for (int r = 0; r < R; ++r) {
+        float sum = 0.f;
+        for (int l = 0; l < VL; ++l) sum += acc[r][l];
+        for (int64_t j = i; j < in; ++j) sum += x[j] * xs[r][j];
+        out[r] = sum;
+    }
+}
+
+void gram_fwd(const Call& c) {
+    const int64_t in = c.sizes[0], ns = c.task->n_support, ldx = c.stride(0), lds = c.stride(1), ldg = c.stride(2);
+    const Share s = share(rows_of_extent(c, c.sizes[1]), c);
+    for (int64_t r = s.begin; r < s.end; ++r) {
+        const float* x = c.f(0) + r * ldx;
+        float* g = c.f(2) + r * ldg;
+        int64_t m = 0;
+        for (; m + 5 <= ns; m += 5) {
+            const float* xs[5];
+            for (int q = 0; q < 5; ++q) xs[q] = c.f(1) + (m + q) * lds;
+            dots<5>(x, xs, in, g + m);
+        }
+        for (; m < ns; ++m) {
+            const float* xs = c.f(1) + m * lds;
+            dots<1>(x, &xs, in, g + m);
+        }
+        for (; m < ldg; ++m) g[m] = 0.f;
+    }
+}
+
+void factored_linear_fwd(const Call& c) {
+    const int64_t n = rows_of_extent(c, c.sizes[1]), ns = c.task->n_support, lda = c.stride(0), ldy = c.stride(4);
+    const float *a = c.f(0), *b = c.f(3);
+    float* y = c.f(4);
+    const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
+    const int64_t o = s.begin * kLane, cols = s.end * kLane - o;
+    if (b)
+        for (int64_t r = 0; r < n; ++r)
+            for (int64_t j = o; j < o + cols; j += VL) store(y + r * ldy + j, load(a + r * lda + j) + load(b + j));
+    const Pair pair = {c.f(1), c.stride(1), c.f(2) + o, c.stride(2)};
+    product(n, cols, &pair, 1, ns, y + o, ldy, (b ? y : a) + o, b ? ldy : lda);
+}
+
+void factored_linear_jvp(const Call& c) {
+    const float *d = c.f(0), *bt = c.f(1);
+    float* yt = c.f(2);
+    const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
+    for (int64_t r = 0; r < c.n; ++r)
+        for (int64_t j = s.begin * kLane; j < s.end * kLane; j += VL)
+            store(yt + r * c.stride(2) + j, (d ? load(d + r * c.stride(0) + j) : vec{}) + load(bt + j));
+}
+
+void factored_linear_bwd(const Call& c) {
+    const int64_t n = rows_of_extent(c, c.sizes[1]), ns = c.task->n_support, ldd = c.stride(2);
+    const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
+    for (int64_t o = s.begin * kLane; o < s.end * kLane; o += kLane) {
+        const Outer term = {c.f(0), c.stride(0), c.f(1) + o, c.stride(1)};
+        const Epilogue plain = {nullptr, nullptr, 1.f};
+        for (int64_t v = 0; v < kLane; v += VL) {
+            const Outer here = {term.x, term.ldx, term.d + v, term.ldd};
+            outer_column<1>(ns, &here, 1, n, c.f(2) + o + v, ldd, plain);
+        }
+    }
 }
 
 }  // namespace FASTMAML_ISA

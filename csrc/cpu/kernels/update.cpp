@@ -42,7 +42,7 @@ void sgd_bwd_rate(const Call& c) {
         });
     if (c.part) return;  // one chain of sums, whatever the team
     double total = acc ? *acc : 0.0;
-    const int64_t n = pad_lane(c.sizes[0]);
+    const int64_t n = pad_lane(c.sizes[0]) * (c.sizes[2] ? c.task->n_support : 1);  // padded rows lie together
     for (int64_t i = 0; i < n; i += 512) {  // short float chains, summed in double
         vec sum = vec{};
         for (int64_t j = i; j < n && j < i + 512; j += VL) sum = fma(load(bar + j), load(g + j), sum);
@@ -129,6 +129,22 @@ void axpy_rows_fwd(const Call& c) {
     const vec s = splat(factor(c, c.f(2)));
     const int64_t lda = c.stride(0), ldx = c.stride(1), ldo = c.stride(3);
     each_row(c, [=](int64_t r, int64_t i) { store(out + r * ldo + i, fma(s, load(x + r * ldx + i), load(acc + r * lda + i))); });
+}
+
+void sgd_rows_fwd(const Call& c) {
+    const float *theta = c.f(0), *g = c.f(1);
+    float* next = c.f(3);
+    const vec r = splat(-*c.f(2));
+    const int64_t ldt = c.stride(0), ldg = c.stride(1), ldn = c.stride(3);
+    each_row(c, [=](int64_t i, int64_t j) { store(next + i * ldn + j, fma(r, load(g + i * ldg + j), load(theta + i * ldt + j))); });
+}
+
+void sgd_rows_bwd(const Call& c) {
+    const float* bar = c.f(0);
+    float* u = c.f(2);
+    const vec r = splat(-*c.f(1));
+    const int64_t ldb = c.stride(0), ldu = c.stride(2);
+    each_row(c, [=](int64_t i, int64_t j) { store(u + i * ldu + j, r * load(bar + i * ldb + j)); });
 }
 
 void zero_rows_fwd(const Call& c) {

@@ -39,8 +39,15 @@ using Kernel = void (*)(const Call&);
     K(linear_jvp)            /* x, w, xt?, wt?, bt?, yt:           yt = xt w^T + x wt^T + bt */ \
     K(linear_bwd_input)      /* dy, w, dx:                         dx = dy w */ \
     K(linear_bwd_input_jvp)  /* dy?, w, dyt?, wt?, dxt:            dxt = dyt w + dy wt */ \
+    K(linear_bwd_input_both) /* dy, w, dyt, wt?, dx, dxt:          both of these, w read once */ \
     K(linear_bwd_weight)     /* x, dy, dw?, db?, base?, scale?:    dw = dy^T x, db = sum dy */ \
     K(linear_bwd_weight_jvp) /* x, dy, xt?, dyt?, dwt?, dbt?, base?, scale?: dwt = dyt^T x + dy^T xt, dbt = sum dyt */ \
+    K(row_sum_bwd)           /* dy, db:                            sum dy; sizes {0, out} */ \
+    /* factored first layers (plan/rewrite.py): sizes {out, extent of the rows, as enum Rows}; whole extents, never blocks */ \
+    K(gram_fwd)              /* x, xs, g:                          x xs^T, zeros beyond the support rows; sizes {in, extent} */ \
+    K(factored_linear_fwd)   /* a, g, d, b?, y:                    y = a + g d + b */ \
+    K(factored_linear_jvp)   /* d?, bt, yt:                        yt = d + bt, row by row */ \
+    K(factored_linear_bwd)   /* g, dy, dd:                         dd = g^T dy */ \
     /* batchnorm over rows: sizes {c, stat rows or 0}, numbers {eps}. xhat = (x - mean) rstd, xhatt its tangent */ \
     K(batchnorm_stats_fwd)   /* x, mean, rstd:                     rstd = 1 / sqrt(biased variance + eps) */ \
     K(batchnorm_running_fwd) /* running_mean, running_var, mean, rstd */ \
@@ -72,7 +79,7 @@ using Kernel = void (*)(const Call&);
     /* whole arrays: sizes {floats, axpy and scale: 1 for a scalar}; numbers {sign} */ \
     K(sgd_fwd)               /* theta, g, rate, theta_next; sizes {floats, 1 for a rate per element}: theta - rate g */ \
     K(sgd_bwd)               /* theta_bar, rate, u:                -rate theta_bar */ \
-    K(sgd_bwd_rate)          /* theta_bar, g, acc?, out:           acc - theta_bar g, summed where the rate is scalar */ \
+    K(sgd_bwd_rate)          /* theta_bar, g, acc?, out:           acc - theta_bar g, summed where the rate is scalar; sizes {floats, per element, 1 for support rows} */ \
     K(axpy_fwd)              /* acc, x, scale?, out:               acc + sign scale x */ \
     K(scale_fwd)             /* x, scale?, out:                    sign scale x */ \
     K(add_fwd)               /* x?, y?, z */ \
@@ -82,6 +89,8 @@ using Kernel = void (*)(const Call&);
     K(copy_rows_fwd)         /* x, y */ \
     K(add_rows_fwd)          /* x, y, z */ \
     K(axpy_rows_fwd)         /* acc, x, scale?, out */ \
+    K(sgd_rows_fwd)          /* theta, g, rate, theta_next */ \
+    K(sgd_rows_bwd)          /* theta_bar, rate, u */ \
     K(zero_rows_fwd)         /* out */ \
     K(join_rows_fwd)         /* support, query, joint; sizes {c} */ \
     K(query_rows_fwd)        /* joint, query */ \

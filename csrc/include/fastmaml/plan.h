@@ -16,31 +16,25 @@ constexpr int kMaxNumbers = 4;
 
 inline int64_t pad_lane(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
 
-enum class Home : int32_t { kMeta, kTask, kRun, kArena };
 enum class Rows : int32_t { kNone, kSupport, kQuery, kJoint };
+
+// Bases that addresses are relative to: the meta arena, the arena of the task in flight, then one per task buffer.
+constexpr int32_t kMetaBase = 0, kArenaBase = 1, kFirstTaskBase = 2;
 
 // Where an operand of an instruction lies. Offsets and strides count bytes.
 struct Operand {
-    bool present = false;
-    bool block = false;         // holds one block of rows, not the whole extent
-    Home home = Home::kMeta;
-    Rows rows = Rows::kNone;
-    int32_t task_buffer = 0;    // home kTask: index into the table of task buffers
-    int32_t shift = 0;          // slot on the step axis = step + shift
-    int64_t offset = 0;         // from the base of the home
-    int64_t step_stride = 0;    // 0: no step axis
-    int64_t row_stride = 0;
-    bool has_first = false;     // slot 0 lies elsewhere (theta_0 is the leaf itself)
-    Home first_home = Home::kMeta;
-    int32_t first_task_buffer = 0;
-    int64_t first_offset = 0;
+    int32_t base = -1;       // -1: absent
+    int32_t first_base = -1; // slot 0 lies elsewhere (theta_0 is the leaf itself); -1: it does not
+    int32_t shift = 0;       // slot on the step axis = step + shift
+    bool by_row = false;     // advances with the rows of a block
+    int64_t offset = 0, step_stride = 0, row_stride = 0, first_offset = 0;
 };
 
 struct Instruction {
     int32_t kernel = 0;  // index into the kernel table
-    Rows rows = Rows::kNone;
     int32_t n_operands = 0;
-    Operand operands[kMaxOperands];
+    int32_t operands = 0;  // index of the first one in Plan::operands
+    bool sums = false;     // in a batch phase: adds over the rows of all tasks, instead of working row by row
     int64_t sizes[kMaxSizes] = {};
     float numbers[kMaxNumbers] = {};
 };
@@ -51,8 +45,10 @@ struct Group {
     std::vector<Instruction> instructions;
 };
 
+enum class Scope : int32_t { kTask, kMeta, kBatch };  // batch: the rows of all tasks at once
+
 struct Phase {
-    bool meta = false;
+    Scope scope = Scope::kTask;
     int32_t half = 0, start = 0, stop = 0, stride = 1;
     std::vector<Group> groups;
 };
@@ -80,16 +76,24 @@ struct Reduction {
     int64_t offset = 0;  // of this reduction in a chunk's accumulator, floats
 };
 
+struct Weighted {  // rows that a batch phase sums: scaled by the task's weight when the task is done
+    Operand at;
+    Rows rows = Rows::kNone;
+    int64_t floats = 0;  // of one row
+};
+
 struct Scalars {  // slots [begin, end) of a scalar per task
     Operand at;
     int64_t begin = 0, end = 1;
 };
 
 struct Plan {
+    std::vector<Operand> operands;  // of all instructions, in the order in which they run
     std::vector<Phase> phases;
     std::vector<TaskBuffer> task_buffers;
     std::vector<Port> inputs, outputs;
     std::vector<Reduction> reductions;
+    std::vector<Weighted> weighted;
     std::vector<Scalars> checked;  // must be finite: the losses of every step
     int64_t meta_bytes = 0, run_bytes = 0, accumulator_floats = 0;
     int32_t halves = 1;

@@ -1,0 +1,355 @@
+"""verify: is the meta-gradient right, on the user's own model and tasks, and what does it cost?
+
+The truth is torch's own autograd in float64: a plain MAML loop with create_graph on a copy of the model. Ours, and the
+same plain loop in the model's own precision, are held against it. Float32 flips a few ReLU and pooling decisions that
+stand within rounding of a tie, and after a flip two gradients differ by more than rounding, for plain torch as for us.
+So the flips are counted, and the float64 Plan also runs with our decisions replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastmaml import options
+from fastmaml.batch import TaskBatch
+from fastmaml.executors.autograd import is_opaque
+from fastmaml.executors.call import Call, Results
+
+BOUND = 3e-5  # of a float32 meta-gradient whose decisions are those of the truth (DESIGN.md, section 5)
+MEDIANS = 4  # from this many tasks on
+Gradient = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Distances of meta-gradients: norm of the difference over norm of the truth, all trained parameters together.
+
+    error, plain_error                 from float64 autograd: ours, and a plain torch loop in the model's precision
+    median_error, plain_median_error   the same task by task, the median (None with fewer than 4 tasks)
+    loss_error, plain_loss_error       relative, of the outer loss
+    decisions, flips                   ReLU and pooling decisions; how many of ours differ from float64's
+    equal_error                        ours from the float64 Plan with our decisions replayed
+    plan_error                         the Plan in float64 from float64 autograd: the mathematics without the rounding
+    seconds, plain_seconds             of one meta-gradient, medians
+
+    decisions, flips, equal_error and plan_error are None for a module that could not be traced.
+    """
+
+    executor: str
+    dtype: str
+    tasks: int
+    steps: int
+    error: float
+    plain_error: float
+    median_error: float | None
+    plain_median_error: float | None
+    loss_error: float
+    plain_loss_error: float
+    decisions: int | None
+    flips: int | None
+    equal_error: float | None
+    plan_error: float | None
+    seconds: float
+    plain_seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """As near as plain torch within a factor of 2, or wrong by nothing but decisions within rounding of a tie."""
+        if self.error <= max(2 * self.plain_error, BOUND):
+            return True
+        return self.equal_error is not None and max(self.equal_error, self.plan_error) <= BOUND
+
+    @property
+    def speedup(self) -> float:
+        return self.plain_seconds / self.seconds
+
+    def __str__(self) -> str:
+        steps = f"{self.steps} inner step{'' if self.steps == 1 else 's'}"
+        lines = [
+            f"verify: {self.tasks} task{'' if self.tasks == 1 else 's'}, {steps}, {self.executor} executor, {self.dtype}",
+            f"  agreement  {self.error:.1e} from float64 autograd (plain {self.dtype} torch: {self.plain_error:.1e})  "
+            + ("OK" if self.ok else "NOT OK"),
+        ]
+        if self.median_error is not None:
+            lines.append(f"  per task   {self.median_error:.1e} in the median (plain torch: {self.plain_median_error:.1e})")
+        lines.append(f"  loss       {self.loss_error:.1e} (plain torch: {self.plain_loss_error:.1e})")
+        if self.decisions:
+            lines.append(f"  decisions  {self.flips:,} of {self.decisions:,} at ReLUs and poolings differ from float64's")
+            if self.flips:
+                lines.append(f"             with them replayed in float64: {self.equal_error:.1e}")
+        if self.plan_error is not None:
+            lines.append(f"  the Plan   {self.plan_error:.1e} from autograd where both run in float64")
+        times = f"{_time(self.seconds)}, plain torch loop {_time(self.plain_seconds)}"
+        return "\n".join([*lines, f"  time       {times}: {self.speedup:.3g} x as fast"])
+
+
+def verify(maml: Any, tasks: Any, *, repeats: int = 5) -> Verification:
+    """Holds the meta-gradient of ``maml`` on ``tasks`` against float64 autograd and times it against a plain torch loop.
+
+    The truth runs task by task in float64: use a few tasks of a large model. Nothing of the user's is changed: parameters,
+    ``.grad``, buffers, random state. ``repeats``: of the timing.
+    """
+    batch, repeats = TaskBatch.of(tasks), options.count("repeats", repeats, 1)
+    with _undisturbed(maml):
+        ours, double = _copy(maml), _copy(maml).double()
+        opaque = is_opaque(ours.plan(batch))
+        double.backend = "auto" if opaque else "torch"
+        double.plan(batch)  # may draw random numbers
+        plain, truth = _Plain(ours, batch, opaque), _Plain(double, batch.to(torch.float64), opaque)
+        state = _random_state(ours)
+        out = ours.meta_grad(batch)
+        gradient = _take_gradient(ours)
+        _random_state(ours, state)
+        sums = _each_task(ours, batch, plain, truth, out.finite.tolist())
+        fields: dict[str, Any] = dict.fromkeys(("decisions", "flips", "equal_error", "plan_error"))
+        if not opaque:
+            fields = _decisions(ours, double, batch, gradient, sums.truth)
+        seconds, plain_seconds = _seconds(ours, batch, plain, repeats)
+    true_loss = sums.truth_loss or 1.0
+    return Verification(
+        executor=out.executor,
+        dtype=str(plain.dtype).removeprefix("torch."),
+        tasks=len(batch),
+        steps=ours.inner_steps,
+        error=distance(gradient, sums.truth),
+        plain_error=distance(sums.plain, sums.truth),
+        median_error=statistics.median(sums.errors) if sums.errors else None,
+        plain_median_error=statistics.median(sums.plain_errors) if sums.errors else None,
+        loss_error=abs(float(out.loss) - sums.truth_loss) / abs(true_loss),
+        plain_loss_error=abs(sums.plain_loss - sums.truth_loss) / abs(true_loss),
+        **fields,
+        seconds=seconds,
+        plain_seconds=plain_seconds,
+    )
+
+
+def distance(gradient: Gradient, truth: Gradient) -> float:
+    """Norm of the difference over norm of the truth, all parameters together; the difference alone if the truth is zero."""
+    wrong = sum(float((gradient[name].double() - value.double()).square().sum()) for name, value in truth.items())
+    right = sum(float(value.double().square().sum()) for value in truth.values())
+    return math.sqrt(wrong / right) if right else math.sqrt(wrong)
+
+
+# -- the plain loop ----------------------------------------------------------------------------------------------------
+
+
+class _Plain:
+    """MAML as one writes it in torch: a loop over tasks, functional_call, autograd.grad with create_graph."""
+
+    def __init__(self, maml: Any, batch: TaskBatch, opaque: bool) -> None:
+        self.maml, self.batch, self.steps = maml, batch, maml.inner_steps
+        self.model = copy.deepcopy(maml.model)
+        self.parameters = dict(self.model.named_parameters())
+        self.wanted = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self.wanted |= {name: v for name, v in maml.rates.values.items() if isinstance(v, nn.Parameter)}
+        self.dtype = next(iter(self.parameters.values())).dtype
+        self.joint = maml.batchnorm == "support" and not opaque
+        self.support_rows: int | None = None  # while the query rows run behind the support rows
+        for norm in self.model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and maml.batchnorm and not opaque:
+                norm.train(maml.batchnorm != "running")
+                if self.joint:
+                    norm.forward = functools.partial(_support_norm, self, norm)
+
+    def task(self, t: int) -> tuple[float, Gradient]:
+        """(outer loss, its gradient for every trained parameter and learned rate) of one task."""
+        sx, sy, qx, qy = (v if v.dtype is torch.int64 else v.to(self.dtype) for v in self.batch.task(t))
+        loss, rates = functools.partial(self._loss, t=t), self.maml.rates.tensors(self.steps)
+        weights, _ = options.check_step_weights(self.maml.step_loss_weights, self.steps) or ([0.0] * self.steps + [1.0], 0)
+        theta, outer = dict(self.parameters), 0.0
+        for k in range(self.steps + 1):
+            if weights[k]:
+                outer = outer + weights[k] * loss(self._query(theta, sx, qx), qy)
+            if k < self.steps:
+                adapted = {name: theta[name] for name in self.maml.rates.rates}
+                inner = loss(self._logits(theta, sx), sy)
+                options_ = {"create_graph": not self.maml.first_order, "allow_unused": True}
+                for (name, v), g in zip(
+                    adapted.items(), torch.autograd.grad(inner, list(adapted.values()), **options_), strict=True
+                ):
+                    rate = self.maml.rates.rates[name]
+                    value = rates[rate.name][k] if rate.per_step else rates[rate.name]
+                    theta[name] = v if g is None else v - value * g
+        found = torch.autograd.grad(outer, list(self.wanted.values()), allow_unused=True)
+        named = zip(self.wanted.items(), found, strict=True)
+        return float(outer), {name: torch.zeros_like(p) if g is None else g for (name, p), g in named}
+
+    def _logits(self, theta: Gradient, x: Tensor) -> Tensor:
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # running statistics stay as they are
+        return functional_call(self.model, (dict(theta), buffers), (x,))
+
+    def _query(self, theta: Gradient, support_x: Tensor, query_x: Tensor) -> Tensor:
+        if not self.joint:
+            return self._logits(theta, query_x)
+        self.support_rows = len(support_x)
+        logits = self._logits(theta, torch.cat([support_x, query_x]))[self.support_rows :]
+        self.support_rows = None
+        return logits
+
+    def _loss(self, logits: Tensor, y: Tensor, t: int) -> Tensor:
+        loss, ways = self.maml.loss, self.batch.ways
+        reduction = loss.reduction if isinstance(loss.reduction, str) else "sum"
+        if loss.name == "mse":
+            out = F.mse_loss(logits, y, reduction=reduction)
+        else:
+            logits = logits if ways is None else logits[:, : int(ways[t])]
+            weight = None if self.maml.class_weight is None else self.maml.class_weight[: logits.shape[1]].to(logits)
+            smoothing = loss.label_smoothing
+            out = F.cross_entropy(logits, y.long(), weight, reduction=reduction, label_smoothing=smoothing)
+        return out if isinstance(loss.reduction, str) else out / loss.reduction
+
+
+def _support_norm(plain: _Plain, norm: nn.Module, x: Tensor) -> Tensor:
+    """batchnorm="support": all rows normalised by the statistics of the support rows."""
+    var, mean = torch.var_mean(x[: plain.support_rows], (0, *range(2, x.dim())), correction=0, keepdim=True)
+    out, shape = (x - mean) * (var + norm.eps).rsqrt(), (-1, *[1] * (x.dim() - 2))
+    out = out if norm.weight is None else out * norm.weight.view(shape)
+    return out if norm.bias is None else out + norm.bias.view(shape)
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sums:
+    """Means over the tasks, as the outer loss takes them, and the errors task by task."""
+
+    truth: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    errors: list[float]
+    plain_errors: list[float]
+    truth_loss: float = 0.0
+    plain_loss: float = 0.0
+
+
+def _each_task(ours: Any, batch: TaskBatch, plain: _Plain, truth: _Plain, finite: list[bool]) -> _Sums:
+    sums = _Sums({n: torch.zeros_like(p) for n, p in truth.wanted.items()}, {}, [], [])
+    sums.plain = {n: torch.zeros_like(p) for n, p in plain.wanted.items()}
+    for t in range(len(batch)):
+        if not finite[t]:
+            continue  # on_nonfinite="skip"
+        state = _random_state(ours)
+        true_loss, true = truth.task(t)
+        _random_state(ours, state)
+        plain_loss, found = plain.task(t)
+        sums.truth_loss += true_loss / len(batch)
+        sums.plain_loss += plain_loss / len(batch)
+        for name in true:
+            sums.truth[name] += true[name] / len(batch)
+            sums.plain[name] += found[name] / len(batch)
+        if len(batch) >= MEDIANS:
+            _random_state(ours, state)
+            ours.meta_grad(batch.select([t]))
+            sums.errors.append(distance(_take_gradient(ours), true))
+            sums.plain_errors.append(distance(found, true))
+    return sums
+
+
+def _decisions(ours: Any, double: Any, batch: TaskBatch, gradient: Gradient, truth: Gradient) -> dict[str, Any]:
+    """How many ReLU masks and pooling indices differ from float64's, and the errors of the Plan itself."""
+    batch64 = batch.to(torch.float64)
+    mine, theirs = _recorded(ours, batch), _recorded(double, batch64)
+    keys = [key for key in theirs.values if isinstance(key, tuple)]
+    pairs = [(a.to(b), b) for key in keys for a, b in zip(mine.values[key], theirs.values[key], strict=True)]
+    flips = sum(int((a != b).sum()) for a, b in pairs)
+    replay = {key: [a.to(b) for a, b in zip(mine.values[key], theirs.values[key], strict=True)] for key in keys}
+    replayed = _recorded(double, batch64, replay) if flips else theirs
+    return {
+        "decisions": sum(b.numel() for _, b in pairs),
+        "flips": flips,
+        "equal_error": distance(gradient, _gradients(double, replayed)),
+        "plan_error": distance(_gradients(double, theirs), truth),
+    }
+
+
+def _recorded(maml: Any, batch: TaskBatch, replay: Mapping | None = None) -> Results:
+    """A run that brings its discrete decisions out, or takes those given."""
+    steps = maml.inner_steps
+    weights = options.check_step_weights(maml.step_loss_weights, steps)
+    executor, program = maml._runner(batch, "train", steps, weights and weights[1], maml.batchnorm, True)
+    numbers = maml._numbers(weights, next(maml.model.parameters()))
+    leaves, rates = maml._leaves(program), maml._rates(None, steps)
+    return executor.forward(Call(batch, leaves, rates, numbers, record=True, replay=replay or {}))
+
+
+def _gradients(maml: Any, results: Results) -> Gradient:
+    found = {n: (p, maml._gradient(results, n, p)) for n, p in maml.named_parameters() if p.requires_grad}
+    return {name: torch.zeros_like(p) if g is None else g for name, (p, g) in found.items()}
+
+
+def _take_gradient(maml: Any) -> Gradient:
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in maml.named_parameters() if p.requires_grad}
+    maml.zero_grad(set_to_none=True)
+    return found
+
+
+def _seconds(ours: Any, batch: TaskBatch, plain: _Plain, repeats: int) -> tuple[float, float]:
+    """Medians, taken in turns. The plain loop is not charged for adding up its gradients."""
+    synchronize = torch.cuda.synchronize if batch.device.type == "cuda" else lambda: None
+    times: list[tuple[float, float]] = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        ours.meta_grad(batch)
+        synchronize()
+        middle = time.perf_counter()
+        for t in range(len(batch)):
+            plain.task(t)
+        synchronize()
+        times.append((middle - start, time.perf_counter() - middle))
+        ours.zero_grad(set_to_none=True)
+    return statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
+
+
+# -- leaving things as they are ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _undisturbed(maml: Any) -> Iterator[None]:
+    """Random states are put back; every operator has a double backward; a fallback that was warned of is not told again."""
+    cuda = range(torch.cuda.device_count()) if next(maml.model.parameters()).is_cuda else ()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(list(cuda)))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(m, nn.RNNBase) for m in maml.model.modules()):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="(?s).*autograd executor")
+        yield
+
+
+def _copy(maml: Any) -> Any:
+    out = copy.deepcopy(maml)
+    out.zero_grad(set_to_none=True)
+    return out
+
+
+def _random_state(maml: Any, state: Any = None) -> Any:
+    """The state of the generators; given one, sets it."""
+    cuda = next(maml.model.parameters()).is_cuda
+    if state is None:
+        return torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else None
+    torch.set_rng_state(state[0])
+    if cuda:
+        torch.cuda.set_rng_state_all(state[1])
+    return state
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
