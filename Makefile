@@ -14,7 +14,7 @@ help: ## this list
 
 install: $(VENV)/native ## .venv with torch, the native half built, fastmaml installed editable
 
-demo: install ## train, adapt, draw
+demo: install ## train, adapt, draw: three minutes
 	$(BIN)/python examples/demo.py
 
 test: install ## every test, or those in TESTS=
@@ -51,6 +51,8 @@ clean: ## everything that was built; .venv stays
 
 # Torch comes first and by itself: a Python that has one lends it, and fastmaml then finds it installed.
 $(VENV)/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	{ echo '$(PYTHON) is not a Python 3.10 or newer. Name one, for instance: make demo PYTHON=python3.12'; exit 1; }
 	if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else $(PYTHON) -m venv $(VENV); fi
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q '$(TORCH)'

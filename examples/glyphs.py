@@ -76,13 +76,16 @@ def draw_curve(curve: Curve, results: dict[str, tuple[float, float]], path: Path
 
 
 def draw_task(maml: fastmaml.MAML, seed: int, path: Path) -> Path:
-    """One test task: what the network was shown, and what it then made of the queries."""
+    """A typical test task, of median accuracy among 101: what the network was shown, what it made of the queries."""
     source = fastmaml.tasks.Glyphs("test", ways=5, shots=1, queries=QUERIES, seed=seed + 3)
-    batch, classes = source.sample(1, return_classes=True)
+    batch, classes = source.sample(101, return_classes=True)
+    with torch.no_grad():
+        typical = int(maml(batch).task_accuracy.argsort(stable=True)[50])
+    batch, classes = batch.select(typical), classes[typical]
     support_x, _, query_x, query_y = batch.stacked()
     guess = maml.adapt(batch)(query_x).argmax(-1)[0].view(5, QUERIES)  # [ways, queries]
     truth, images = query_y[0].view(5, QUERIES), query_x[0, :, 0].unflatten(0, (5, QUERIES))
-    letters = [source.classes[c] for c in classes[0]]
+    letters = [source.classes[c] for c in classes]
 
     figure = Figure(figsize=(6, 7.4), layout="constrained")
     grid = figure.subplots(1 + QUERIES, 5)
@@ -92,11 +95,13 @@ def draw_task(maml: fastmaml.MAML, seed: int, path: Path) -> Path:
         for q in range(QUERIES):
             axes, right = grid[1 + q, way], guess[way, q] == truth[way, q]
             axes.imshow(images[way, q], cmap="gray_r", vmin=0, vmax=1)
-            axes.set_title(letters[guess[way, q]], fontsize=10, color="tab:green" if right else "tab:red")
+            color = "tab:green" if right else "tab:red"
+            axes.set_title(letters[guess[way, q]], fontsize=10, color=color)
+            axes.spines[:].set(color=color, linewidth=2)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     right = int((guess == truth).sum())
-    title = f"A task of new alphabets: {right} of {truth.numel()} queries right"
+    title = f"A typical task of new alphabets: {right} of {truth.numel()} queries right"
     figure.suptitle(title + "\n(above each query: the letter it was taken for)", fontsize=11)
     return save(figure, path)
 

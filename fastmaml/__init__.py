@@ -10,8 +10,8 @@ from fastmaml import functional, nn, tasks
 from fastmaml.adapted import AdaptedModel
 from fastmaml.batch import TaskBatch
 from fastmaml.executors import BackendError
-from fastmaml.maml import MAML, NonFiniteError
-from fastmaml.output import MetaOutput
+from fastmaml.maml import MAML
+from fastmaml.output import MetaOutput, NonFiniteError
 from fastmaml.trace import TraceError, trace
 
 __version__ = "0.1.0"

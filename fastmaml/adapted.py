@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmaml.batch import TaskBatch
-from fastmaml.executors import choose
+from fastmaml.engine import Runner
 from fastmaml.executors.call import Call
-from fastmaml.plan import Arrangement, build_plan
-from fastmaml.program import Program
 
 
 class AdaptedModel:
@@ -25,19 +22,14 @@ class AdaptedModel:
 
     def __init__(
         self,
-        model: nn.Module,
-        program: Program,
+        predict: Runner,
         weights: Mapping[str, Tensor],
         others: Mapping[str, Tensor],
         batch: TaskBatch,
-        backend: str,
-        support_losses: Tensor | None,
+        support_losses: Tensor,
     ) -> None:
         self.weights, self.support_losses = dict(weights), support_losses
-        self._model, self._others, self._batch, self._backend = model, dict(others), batch, backend
-        own = tuple(replace(leaf, role="const", home="task" if leaf.name in weights else "meta") for leaf in program.leaves)
-        self._program = replace(program, leaves=own)
-        self._runner: Any = None
+        self._predict, self._others, self._batch = predict, dict(others), batch
 
     def __len__(self) -> int:
         return len(self._batch)
@@ -45,33 +37,39 @@ class AdaptedModel:
     @torch.no_grad()
     def __call__(self, x: Any) -> Any:
         """x [tasks, n, ...] -> logits [tasks, n, ...]; a list of [n, ...], one per task, -> a tuple of logits."""
-        rows = list(x)
-        if len(rows) != len(self):
-            raise ValueError(f"x has {len(rows)} tasks, the adapted model {len(self)}: expected [tasks, n, ...]")
-        for t, r in enumerate(rows):
-            if not isinstance(r, Tensor) or tuple(r.shape[1:]) != tuple(self._batch.support_x.shape[1:]):
-                got = f"rows of shape {list(r.shape[1:])}" if isinstance(r, Tensor) else type(r).__name__
-                raise ValueError(f"x of task {t} has {got}, the support set {list(self._batch.support_x.shape[1:])}: expected [n, ...] of the same samples")
-        support = [self._batch.task(t)[:2] for t in range(len(self))]
-        blank = [r.new_zeros(len(r), dtype=torch.int64) for r in rows]
-        marks = [sy.new_zeros(len(sx), dtype=torch.int64) for sx, sy in support]
-        dtype = support[0][0].dtype
-        batch = TaskBatch.from_tasks([(sx, m, r.to(dtype), b) for (sx, _), m, r, b in zip(support, marks, rows, blank, strict=True)])
-        if self._runner is None:
-            plan = build_plan(self._program, Arrangement(0, entry="predict"))
-            first = next(iter((*self.weights.values(), *self._others.values())))
-            self._runner = choose(self._backend, plan, first.dtype, first.device)
-        logits = self._runner.forward(Call(batch, {**self.weights, **self._others})).values["logits"].split([len(r) for r in rows])
+        rows = self._rows(x)
+        blank = rows[0].new_zeros(max(max(self._batch.support_sizes), *map(len, rows)), dtype=torch.int64)
+        support = self._batch.support_x.split(list(self._batch.support_sizes))  # batchnorm='support' reads them
+        tasks = [(s, blank[: len(s)], r.to(s.dtype), blank[: len(r)]) for s, r in zip(support, rows, strict=True)]
+        call = Call(TaskBatch.from_tasks(tasks), {**self.weights, **self._others})
+        logits = self._predict.executor.forward(call).values["logits"].split([len(r) for r in rows])
         return torch.stack(logits) if isinstance(x, Tensor) else logits
+
+    def _rows(self, x: Any) -> list[Tensor]:
+        if not isinstance(x, (Tensor, list, tuple)) or (isinstance(x, Tensor) and x.dim() < 2):
+            got = f"a tensor of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x is {got}: expected [tasks, n, ...], or a list of one tensor [n, ...] per task")
+        if len(x) != len(self):
+            raise ValueError(f"x has {len(x)} tasks, the adapted model {len(self)}: expected [tasks, n, ...]")
+        like = self._batch.support_x
+        for t, r in enumerate(x):
+            if not isinstance(r, Tensor) or r.dim() < 1 or r.shape[1:] != like.shape[1:] or r.device != like.device or len(r) == 0:
+                got = f"shape {list(r.shape)} on {r.device}" if isinstance(r, Tensor) else f"type {type(r).__name__}"
+                rows = ", ".join(["n", *map(str, like.shape[1:])])
+                raise ValueError(f"x of task {t} has {got}: expected [{rows}] on {like.device}, rows like those of the support set")
+        return list(x)
 
     def module(self, t: int) -> nn.Module:
         """A copy of the user's module with the weights of task ``t``."""
         if not -len(self) <= t < len(self):
             raise IndexError(f"task {t} of {len(self)}")
-        module = copy.deepcopy(self._model)
+        module = copy.deepcopy(self._predict.view.model)
         parameters = dict(module.named_parameters())
         with torch.no_grad():
             for name, value in {**{n: w[t] for n, w in self.weights.items()}, **self._others}.items():
                 if name in parameters:
                     parameters[name].copy_(value)
         return module
+
+    def __reduce__(self) -> str:
+        raise TypeError("an AdaptedModel cannot be pickled: save adapted.module(t), or adapted.weights")

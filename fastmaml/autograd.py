@@ -1,12 +1,15 @@
-"""One autograd node for a whole meta-iteration: the gradients are already there, or the Plan's reverse half makes them.
+"""The autograd nodes of a meta-iteration: the gradients are already there, or the Plan's reverse half makes them.
 
 ``out.loss.backward()`` then fills ``.grad`` through torch's own accumulation, so hooks, DDP and GradScaler work as with any loss. There is no second
-derivative of the meta-gradient: asked for one, backward raises instead of being silently wrong.
+derivative of the meta-gradient: asked for one, backward raises instead of being silently wrong (``once_differentiable`` does not see that case).
+
+Each node takes its tensors in a tuple: what goes in as an argument would come out as a view, which ``out.loss /= 2`` may not change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,38 +19,50 @@ OTHERS = "only out.loss carries gradient; for a loss of your own on the logits p
 
 
 class MetaLoss(torch.autograd.Function):
-    """(loss, logits) of a meta-iteration whose gradients were computed along with the loss."""
+    """(loss, *others) of a meta-iteration, with the gradients of the loss. ``others`` refuse to be differentiated."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, logits: Tensor, gradients: Sequence[Tensor | None], *parameters: Tensor):
+    def forward(ctx: Any, outputs: tuple[Tensor, ...], gradients: Sequence[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.gradients = gradients
-        return loss, logits
+        return outputs
 
     @staticmethod
-    def backward(ctx, dloss: Tensor | None, dlogits: Tensor | None):
+    def backward(ctx: Any, dloss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND)
-        if dlogits is not None:
+        if any(d is not None for d in others):
             raise RuntimeError(OTHERS)
         if dloss is None:
-            return (None,) * (3 + len(ctx.gradients))
+            return (None,) * (2 + len(ctx.gradients))
         gradients = ctx.gradients
-        if dloss.device.type != "cpu" or float(dloss) != 1.0:
-            gradients = [None if g is None else g * dloss for g in gradients]
-        return None, None, None, *gradients
+        if dloss.device.type != "cpu" or dloss.item() != 1.0:  # reading it would wait for a GPU
+            gradients = [g * dloss for g in gradients]
+        return None, None, *gradients
 
 
 class OuterLogits(torch.autograd.Function):
     """Logits for a torch outer loss: their gradient starts the Plan's reverse half."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, reverse: Callable[[Tensor], Sequence[Tensor | None]], *parameters: Tensor):
+    def forward(ctx: Any, logits: tuple[Tensor], reverse: Callable[[Tensor], Sequence[Tensor | None]], *parameters: Tensor) -> Tensor:
         ctx.reverse = reverse
-        return logits
+        return logits[0]
 
     @staticmethod
-    def backward(ctx, dlogits: Tensor):
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND)
         return None, None, *ctx.reverse(dlogits)
+
+
+class NoGradient(torch.autograd.Function):
+    """Tensors that are no constants, and refuse to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: tuple[Tensor, ...], *parameters: Tensor) -> tuple[Tensor, ...]:
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(OTHERS)

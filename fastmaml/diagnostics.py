@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import statistics
 import time
@@ -20,15 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmaml import options
 from fastmaml.batch import TaskBatch
 from fastmaml.executors.autograd import is_opaque
-from fastmaml.executors.call import Call, Results
+from fastmaml.executors.call import Results
+from fastmaml.plain_loop import PlainLoop
 
 BOUND = 3e-5  # of a float32 meta-gradient whose decisions are those of the truth (DESIGN.md, section 5)
 MEDIANS = 4  # from this many tasks on
@@ -80,16 +78,19 @@ class Verification:
 
     def __str__(self) -> str:
         steps = f"{self.steps} inner step{'' if self.steps == 1 else 's'}"
+        tasks = f"{self.tasks} task{'' if self.tasks == 1 else 's'}"
+        plain = f"plain {self.dtype} torch: {self.plain_error:.1e}"
         lines = [
-            f"verify: {self.tasks} task{'' if self.tasks == 1 else 's'}, {steps}, {self.executor} executor, {self.dtype}",
-            f"  agreement  {self.error:.1e} from float64 autograd (plain {self.dtype} torch: {self.plain_error:.1e})  "
-            + ("OK" if self.ok else "NOT OK"),
+            f"verify: {tasks}, {steps}, {self.executor} executor, {self.dtype}",
+            f"  agreement  {self.error:.1e} from float64 autograd ({plain})  {'OK' if self.ok else 'NOT OK'}",
         ]
         if self.median_error is not None:
-            lines.append(f"  per task   {self.median_error:.1e} in the median (plain torch: {self.plain_median_error:.1e})")
+            plain = f"plain torch: {self.plain_median_error:.1e}"
+            lines.append(f"  per task   {self.median_error:.1e} in the median ({plain})")
         lines.append(f"  loss       {self.loss_error:.1e} (plain torch: {self.plain_loss_error:.1e})")
         if self.decisions:
-            lines.append(f"  decisions  {self.flips:,} of {self.decisions:,} at ReLUs and poolings differ from float64's")
+            of = f"{self.flips:,} of {self.decisions:,} at ReLUs and poolings"
+            lines.append(f"  decisions  {of} differ from float64's")
             if self.flips:
                 lines.append(f"             with them replayed in float64: {self.equal_error:.1e}")
         if self.plan_error is not None:
@@ -99,18 +100,18 @@ class Verification:
 
 
 def verify(maml: Any, tasks: Any, *, repeats: int = 5) -> Verification:
-    """Holds the meta-gradient of ``maml`` on ``tasks`` against float64 autograd and times it against a plain torch loop.
+    """Holds the meta-gradient of ``maml`` on ``tasks`` against float64 autograd; times it against a plain torch loop.
 
-    The truth runs task by task in float64: use a few tasks of a large model. Nothing of the user's is changed: parameters,
-    ``.grad``, buffers, random state. ``repeats``: of the timing.
+    The truth runs task by task in float64: take few tasks of a large model. Nothing of the user's is changed:
+    parameters, ``.grad``, buffers, random state. ``repeats``: of the timing.
     """
     batch, repeats = TaskBatch.of(tasks), options.count("repeats", repeats, 1)
     with _undisturbed(maml):
         ours, double = _copy(maml), _copy(maml).double()
         opaque = is_opaque(ours.plan(batch))
         double.backend = "auto" if opaque else "torch"
-        double.plan(batch)  # may draw random numbers
-        plain, truth = _Plain(ours, batch, opaque), _Plain(double, batch.to(torch.float64), opaque)
+        double.plan(batch)  # building a Plan may draw random numbers: not between the runs below
+        plain, truth = PlainLoop(ours, batch), PlainLoop(double, batch.to(torch.float64))
         state = _random_state(ours)
         out = ours.meta_grad(batch)
         gradient = _take_gradient(ours)
@@ -139,87 +140,10 @@ def verify(maml: Any, tasks: Any, *, repeats: int = 5) -> Verification:
 
 
 def distance(gradient: Gradient, truth: Gradient) -> float:
-    """Norm of the difference over norm of the truth, all parameters together; the difference alone if the truth is zero."""
+    """Norm of the difference over norm of the truth, all parameters together (the difference alone if that is zero)."""
     wrong = sum(float((gradient[name].double() - value.double()).square().sum()) for name, value in truth.items())
     right = sum(float(value.double().square().sum()) for value in truth.values())
     return math.sqrt(wrong / right) if right else math.sqrt(wrong)
-
-
-# -- the plain loop ----------------------------------------------------------------------------------------------------
-
-
-class _Plain:
-    """MAML as one writes it in torch: a loop over tasks, functional_call, autograd.grad with create_graph."""
-
-    def __init__(self, maml: Any, batch: TaskBatch, opaque: bool) -> None:
-        self.maml, self.batch, self.steps = maml, batch, maml.inner_steps
-        self.model = copy.deepcopy(maml.model)
-        self.parameters = dict(self.model.named_parameters())
-        self.wanted = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        self.wanted |= {name: v for name, v in maml.rates.values.items() if isinstance(v, nn.Parameter)}
-        self.dtype = next(iter(self.parameters.values())).dtype
-        self.joint = maml.batchnorm == "support" and not opaque
-        self.support_rows: int | None = None  # while the query rows run behind the support rows
-        for norm in self.model.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and maml.batchnorm and not opaque:
-                norm.train(maml.batchnorm != "running")
-                if self.joint:
-                    norm.forward = functools.partial(_support_norm, self, norm)
-
-    def task(self, t: int) -> tuple[float, Gradient]:
-        """(outer loss, its gradient for every trained parameter and learned rate) of one task."""
-        sx, sy, qx, qy = (v if v.dtype is torch.int64 else v.to(self.dtype) for v in self.batch.task(t))
-        loss, rates = functools.partial(self._loss, t=t), self.maml.rates.tensors(self.steps)
-        weights, _ = options.check_step_weights(self.maml.step_loss_weights, self.steps) or ([0.0] * self.steps + [1.0], 0)
-        theta, outer = dict(self.parameters), 0.0
-        for k in range(self.steps + 1):
-            if weights[k]:
-                outer = outer + weights[k] * loss(self._query(theta, sx, qx), qy)
-            if k < self.steps:
-                adapted = {name: theta[name] for name in self.maml.rates.rates}
-                inner = loss(self._logits(theta, sx), sy)
-                options_ = {"create_graph": not self.maml.first_order, "allow_unused": True}
-                for (name, v), g in zip(
-                    adapted.items(), torch.autograd.grad(inner, list(adapted.values()), **options_), strict=True
-                ):
-                    rate = self.maml.rates.rates[name]
-                    value = rates[rate.name][k] if rate.per_step else rates[rate.name]
-                    theta[name] = v if g is None else v - value * g
-        found = torch.autograd.grad(outer, list(self.wanted.values()), allow_unused=True)
-        named = zip(self.wanted.items(), found, strict=True)
-        return float(outer), {name: torch.zeros_like(p) if g is None else g for (name, p), g in named}
-
-    def _logits(self, theta: Gradient, x: Tensor) -> Tensor:
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # running statistics stay as they are
-        return functional_call(self.model, (dict(theta), buffers), (x,))
-
-    def _query(self, theta: Gradient, support_x: Tensor, query_x: Tensor) -> Tensor:
-        if not self.joint:
-            return self._logits(theta, query_x)
-        self.support_rows = len(support_x)
-        logits = self._logits(theta, torch.cat([support_x, query_x]))[self.support_rows :]
-        self.support_rows = None
-        return logits
-
-    def _loss(self, logits: Tensor, y: Tensor, t: int) -> Tensor:
-        loss, ways = self.maml.loss, self.batch.ways
-        reduction = loss.reduction if isinstance(loss.reduction, str) else "sum"
-        if loss.name == "mse":
-            out = F.mse_loss(logits, y, reduction=reduction)
-        else:
-            logits = logits if ways is None else logits[:, : int(ways[t])]
-            weight = None if self.maml.class_weight is None else self.maml.class_weight[: logits.shape[1]].to(logits)
-            smoothing = loss.label_smoothing
-            out = F.cross_entropy(logits, y.long(), weight, reduction=reduction, label_smoothing=smoothing)
-        return out if isinstance(loss.reduction, str) else out / loss.reduction
-
-
-def _support_norm(plain: _Plain, norm: nn.Module, x: Tensor) -> Tensor:
-    """batchnorm="support": all rows normalised by the statistics of the support rows."""
-    var, mean = torch.var_mean(x[: plain.support_rows], (0, *range(2, x.dim())), correction=0, keepdim=True)
-    out, shape = (x - mean) * (var + norm.eps).rsqrt(), (-1, *[1] * (x.dim() - 2))
-    out = out if norm.weight is None else out * norm.weight.view(shape)
-    return out if norm.bias is None else out + norm.bias.view(shape)
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
@@ -237,7 +161,7 @@ class _Sums:
     plain_loss: float = 0.0
 
 
-def _each_task(ours: Any, batch: TaskBatch, plain: _Plain, truth: _Plain, finite: list[bool]) -> _Sums:
+def _each_task(ours: Any, batch: TaskBatch, plain: PlainLoop, truth: PlainLoop, finite: list[bool]) -> _Sums:
     sums = _Sums({n: torch.zeros_like(p) for n, p in truth.wanted.items()}, {}, [], [])
     sums.plain = {n: torch.zeros_like(p) for n, p in plain.wanted.items()}
     for t in range(len(batch)):
@@ -279,26 +203,26 @@ def _decisions(ours: Any, double: Any, batch: TaskBatch, gradient: Gradient, tru
 
 def _recorded(maml: Any, batch: TaskBatch, replay: Mapping | None = None) -> Results:
     """A run that brings its discrete decisions out, or takes those given."""
-    steps = maml.inner_steps
-    weights = options.check_step_weights(maml.step_loss_weights, steps)
-    executor, program = maml._runner(batch, "train", steps, weights and weights[1], maml.batchnorm, True)
-    numbers = maml._numbers(weights, next(maml.model.parameters()))
-    leaves, rates = maml._leaves(program), maml._rates(None, steps)
-    return executor.forward(Call(batch, leaves, rates, numbers, record=True, replay=replay or {}))
+    return maml._run(batch, "train", record=True, replay=replay).results
 
 
 def _gradients(maml: Any, results: Results) -> Gradient:
-    found = {n: (p, maml._gradient(results, n, p)) for n, p in maml.named_parameters() if p.requires_grad}
-    return {name: torch.zeros_like(p) if g is None else g for name, (p, g) in found.items()}
+    out = {name: torch.zeros_like(p) for name, p in maml.named_parameters() if p.requires_grad}
+    for name, whole in out.items():
+        g = results.values.get(f"grad.{name}")
+        if g is not None:
+            (whole[: len(g)] if g.dim() else whole).copy_(g)  # fewer rows: rates of steps that do not run
+    return out
 
 
 def _take_gradient(maml: Any) -> Gradient:
-    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in maml.named_parameters() if p.requires_grad}
+    wanted = {name: p for name, p in maml.named_parameters() if p.requires_grad}
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in wanted.items()}
     maml.zero_grad(set_to_none=True)
     return found
 
 
-def _seconds(ours: Any, batch: TaskBatch, plain: _Plain, repeats: int) -> tuple[float, float]:
+def _seconds(ours: Any, batch: TaskBatch, plain: PlainLoop, repeats: int) -> tuple[float, float]:
     """Medians, taken in turns. The plain loop is not charged for adding up its gradients."""
     synchronize = torch.cuda.synchronize if batch.device.type == "cuda" else lambda: None
     times: list[tuple[float, float]] = []
@@ -321,16 +245,18 @@ def _seconds(ours: Any, batch: TaskBatch, plain: _Plain, repeats: int) -> tuple[
 
 @contextlib.contextmanager
 def _undisturbed(maml: Any) -> Iterator[None]:
-    """Random states are put back; every operator has a double backward; a fallback that was warned of is not told again."""
+    """Random states are put back; every operator has a double backward; a fallback is not warned of again."""
     cuda = range(torch.cuda.device_count()) if next(maml.model.parameters()).is_cuda else ()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="(?s).*autograd executor")
+        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # torch's, from mkldnn.flags
         stack.enter_context(torch.random.fork_rng(list(cuda)))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(m, nn.RNNBase) for m in maml.model.modules()):
+        if any(isinstance(m, nn.RNNBase) for m in maml.model.modules()):  # the fused ones have none
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message="(?s).*autograd executor")
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
 
 

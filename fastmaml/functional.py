@@ -1,75 +1,91 @@
-"""For code that carries its parameters itself (higher, torchopt, torch.func): the same engine, as functions of a dict of tensors."""
+"""For code that carries its parameters itself (higher, torchopt, torch.func): the same engine, as functions of a dict of tensors.
+
+The engine of a model and its options is kept for the next call: the last few, and with them their models, stay alive.
+"""
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastmaml.autograd import MetaLoss
+from fastmaml import options as checks
 from fastmaml.maml import MAML
 from fastmaml.output import MetaOutput
 
-_cache: weakref.WeakKeyDictionary[nn.Module, dict[Any, MAML]] = weakref.WeakKeyDictionary()
+KEPT = 8
+PER_CALL = ("inner_steps", "inner_lr", "batchnorm", "task_weights")
+_kept: dict[Any, tuple[MAML, Any]] = {}
+_lock = threading.Lock()
 
 
-def meta_loss(model: nn.Module, params: Mapping[str, Tensor], tasks: Any, **options: Any) -> MetaOutput:
+def meta_loss(model: nn.Module, params: Mapping[str, Tensor], tasks: Any, *, outer_loss: Any = None, **options: Any) -> MetaOutput:
     """One meta-iteration of ``model`` with ``params`` {name: tensor} in place of its own parameters.
 
-    ``out.loss`` is differentiable with respect to the tensors of ``params``. ``options``: those of MAML (not learn_inner_lr). Raises ValueError if
-    names or shapes differ from the model's.
+    ``out.loss`` is differentiable with respect to the tensors of ``params``. ``options``: those of MAML (not learn_inner_lr) and of its call. Raises
+    ValueError if names or shapes differ from the model's.
     """
-    maml = _maml(model, options)
-    with _Using(maml, params) as given:
-        wanted = torch.is_grad_enabled()
-        call, results, batch = maml._run(tasks, "train" if wanted else "evaluate", None, None, None, None)
-        out = maml._output(call, results, batch)
-    if wanted:
-        pairs = [(p, results.values.get(f"grad.{n}")) for n, p in given.items() if p.requires_grad]
-        pairs = [(p, g) for p, g in pairs if g is not None]
-        if pairs:
-            tensors, gradients = zip(*pairs, strict=True)
-            out.loss, out.joined_logits = MetaLoss.apply(out.loss, out.joined_logits, gradients, *tensors)
-    return out
+    maml, settings = _prepared(model, options)
+    return maml._call(tasks, settings, outer_loss, _checked(maml, params))
 
 
-def adapt(model: nn.Module, params: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor, **options: Any) -> dict[str, Tensor]:
+def adapt(model: nn.Module, params: Mapping[str, Tensor], support_x: Any, support_y: Any = None, *, ways: Any = None, **options: Any) -> dict[str, Tensor]:
     """{name: [tasks, *shape]}: the adapted parameters of each task, without gradient."""
-    maml = _maml(model, options)
-    with _Using(maml, params):
-        return maml.adapt(support_x, support_y).weights
+    maml, settings = _prepared(model, options)
+    if settings.pop("task_weights") is not None:
+        raise TypeError("adapt takes no task_weights: nothing is summed over tasks")
+    return maml._adapt(checks.support_batch(support_x, support_y, ways), settings, _checked(maml, params)).weights
 
 
-def _maml(model: nn.Module, options: dict[str, Any]) -> MAML:
+def _prepared(model: nn.Module, options: dict[str, Any]) -> tuple[MAML, dict[str, Any]]:
+    """A MAML object with these options, and the settings of its call."""
     if options.get("learn_inner_lr"):
         raise ValueError("learn_inner_lr=True needs an object that holds the rates: use fastmaml.MAML")
-    key = tuple(sorted((name, repr(value)) for name, value in options.items()))
-    per_model = _cache.setdefault(model, {})
-    if key not in per_model:
-        per_model[key] = MAML(model, **options)
-    return per_model[key]
+    settings = {name: options.get(name) for name in PER_CALL}
+    constant = tuple(sorted((name, _key(value)) for name, value in options.items() if name not in PER_CALL))
+    key = (id(model), _form(options.get("inner_lr")), constant)
+    with _lock:
+        if key not in _kept:
+            made = MAML(model, **{name: value for name, value in options.items() if name != "task_weights"})
+            _kept[key] = made, options  # what has its id in the key must stay alive
+            while len(_kept) > KEPT:
+                del _kept[next(iter(_kept))]
+        return _kept[key][0], settings
 
 
-class _Using:
-    """Puts tensors in the place of the model's parameters while a MAML object runs."""
+def _key(value: Any) -> Any:
+    """Equal for equal options. Objects (a loss module) are equal to themselves."""
+    if isinstance(value, Tensor):
+        return Tensor, tuple(value.shape), tuple(value.flatten().tolist())
+    if isinstance(value, (list, tuple)):
+        return list, tuple(map(_key, value))
+    return (type(value), value) if value is None or isinstance(value, (str, int, float)) else (type(value), id(value))
 
-    def __init__(self, maml: MAML, params: Mapping[str, Tensor]) -> None:
-        own = dict(maml.model.named_parameters())
-        missing, unknown = own.keys() - params.keys(), params.keys() - own.keys()
-        if missing or unknown:
-            what = f"lacks {sorted(missing)[0]!r}" if missing else f"has {sorted(unknown)[0]!r}, which the model has not"
-            raise ValueError(f"params {what}: expected exactly the names of model.named_parameters()")
-        for name, value in params.items():
-            if value.shape != own[name].shape or value.dtype != own[name].dtype:
-                raise ValueError(f"params[{name!r}] is {value.dtype} {list(value.shape)}, the model's {own[name].dtype} {list(own[name].shape)}")
-        self.maml, self.params = maml, dict(params)
 
-    def __enter__(self) -> dict[str, Tensor]:
-        self.maml._override = {name: value.detach() for name, value in self.params.items()}
-        return self.params
+def _form(inner_lr: Any) -> Any:
+    """Equal where the same Plan serves: rates themselves are run-time numbers."""
+    if isinstance(inner_lr, Mapping):
+        return tuple((name, _form(value)) for name, value in inner_lr.items())
+    return (Tensor, tuple(inner_lr.shape)) if isinstance(inner_lr, Tensor) else isinstance(inner_lr, (list, tuple))
 
-    def __exit__(self, *error: object) -> None:
-        self.maml._override = None
+
+def _checked(maml: MAML, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    own = maml._engine.view().parameters
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params is {type(params).__name__}: expected {{name: tensor}}, as dict(model.named_parameters())")
+    missing, unknown = own.keys() - params.keys(), params.keys() - own.keys()
+    if missing or unknown:
+        what = f"lacks {sorted(missing)[0]!r}" if missing else f"has {sorted(unknown)[0]!r}, which the model has not"
+        raise ValueError(f"params {what}: expected exactly the names of model.named_parameters()")
+    for name, value in params.items():
+        p = own[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"params[{name!r}] is {type(value).__name__}: expected a tensor")
+        if value.shape != p.shape or value.dtype != p.dtype or value.device != p.device:
+            kinds = [f"{v.dtype} {list(v.shape)} on {v.device}" for v in (value, p)]
+            raise ValueError(f"params[{name!r}] is {kinds[0]}, the model's {kinds[1]}: they must agree")
+        if value.requires_grad and not p.requires_grad:
+            raise ValueError(f"params[{name!r}] requires grad, the model's own does not, so it would get none: call requires_grad_() on it too")
+    return dict(params)

@@ -94,46 +94,69 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
-def check_batch(batch: TaskBatch, loss: Loss, output: tuple[int, ...], parameter: Tensor, outer: bool) -> None:
-    """Data against model and loss. Reads the labels (once per batch object)."""
-    for name in ("support_x", "query_x"):
-        x = getattr(batch, name)
-        if x.device != parameter.device:
-            raise ValueError(f"{name} is on {x.device}, the model on {parameter.device}: move one of them (tasks.to(...))")
-        if x.dtype not in (torch.float32, torch.float64, torch.uint8, parameter.dtype):
-            raise TypeError(f"{name} is {x.dtype}: expected {parameter.dtype} (or uint8, converted as it is)")
-    for part in ("support",) if outer else ("support", "query"):
-        y = getattr(batch, f"{part}_y")
-        if loss.name == "mse":
+def check_inputs(batch: TaskBatch, like: Tensor) -> None:
+    """Devices and dtypes, before anything is built."""
+    if batch.support_x.device != like.device:
+        raise ValueError(f"the tasks are on {batch.support_x.device}, the model on {like.device}: move one of them (tasks.to(...))")
+    for name, x in (("support_x", batch.support_x), ("query_x", batch.query_x)):
+        if x.dtype is not like.dtype and (x.is_complex() or x.dtype in (torch.bool, torch.float16, torch.bfloat16)):
+            raise TypeError(f"{name} is {x.dtype}: expected {like.dtype} (bytes are converted as they are)")
+
+
+def check_targets(batch: TaskBatch, loss: Loss, output: tuple[int, ...], outer: bool) -> None:
+    """Targets against loss and model; ``outer``: the query's are not ours. Reads labels once per batch object and model size."""
+    targets = (("support_y", batch.support_y),) if outer else (("support_y", batch.support_y), ("query_y", batch.query_y))
+    if loss.name == "mse":
+        for name, y in targets:
             if not y.is_floating_point():
-                raise TypeError(f"{part}_y is {y.dtype}: loss='mse' needs float targets (y.float())")
-            if tuple(y.shape[1:]) != output:
-                raise ValueError(f"{part}_y has rows of shape {list(y.shape[1:])}, the model's output {list(output)}: they must be equal for loss='mse'")
-            continue
-        if y.is_floating_point() or y.dtype is torch.bool:
-            raise TypeError(f"{part}_y is {y.dtype}: loss='cross_entropy' needs class labels as integers (y.long())")
+                raise TypeError(f"{name} is {y.dtype}: loss='mse' needs float targets (y.float())")
+            if y.shape[1:] != output:
+                raise ValueError(f"{name} has rows of shape {list(y.shape[1:])}, the model's output {list(output)}: they must be equal for loss='mse'")
+        return
+    if len(output) != 1:
+        raise ValueError(f"the model's output has shape {list(output)} per sample: loss='cross_entropy' needs [classes]")
+    for name, y in targets:
+        if y.is_floating_point() or y.is_complex() or y.dtype is torch.bool:
+            raise TypeError(f"{name} is {y.dtype}: loss='cross_entropy' needs class labels as integers (y.long())")
         if y.dim() != 1:
-            raise ValueError(f"{part}_y has labels of shape {list(y.shape[1:])} per sample: expected one integer each, not one-hot rows (y.argmax(-1))")
-        if len(output) != 1:
-            raise ValueError(f"the model's output has shape {list(output)} per sample: loss='cross_entropy' needs [classes]")
-    if loss.name == "cross_entropy" and "labels" not in batch._cache:
-        check_labels(batch, output[0], outer)
+            raise ValueError(f"{name} has labels of shape {list(y.shape[1:])} per sample: expected one integer each, not one-hot rows (y.argmax(-1))")
+        version = 0 if y.is_inference() else y._version  # labels out of range would be read past the logits
+        if batch._cache.get(f"{name}.checked") != (version, output[0]):
+            _check_labels(batch, name, y, output[0])
+            batch._cache[f"{name}.checked"] = (version, output[0])
 
 
-def check_labels(batch: TaskBatch, classes: int, outer: bool) -> None:
+def are_labels(y: Tensor) -> bool:
+    return y.dim() == 1 and not y.is_floating_point()
+
+
+def _check_labels(batch: TaskBatch, name: str, y: Tensor, classes: int) -> None:
     if batch.ways is not None and int(batch.ways.max()) > classes:
-        raise ValueError(f"a task has {int(batch.ways.max())} ways, the model {classes} outputs: tasks use the first outputs of the head")
-    for part in ("support",) if outer else ("support", "query"):
-        y = getattr(batch, f"{part}_y")
-        low, high = (int(v) for v in torch.aminmax(y))
-        if low < 0 or high >= classes:
-            raise ValueError(f"{part}_y has the label {low if low < 0 else high}, the model {classes} outputs: labels are 0..{classes - 1}, numbered anew in each task")
-        if batch.ways is not None:
-            for t in range(len(batch)):
-                top = int(batch.task(t)[1 if part == "support" else 3].max())
-                if top >= int(batch.ways[t]):
-                    raise ValueError(f"{part}_y of task {t} has the label {top}, the task {int(batch.ways[t])} ways")
-    batch._cache["labels"] = batch.support_y  # a TaskBatch is not changed: checked once
+        raise ValueError(f"ways of a task is {int(batch.ways.max())}, the model has {classes} outputs: tasks use the first outputs of the head")
+    low, high = torch.aminmax(y)
+    if low < 0 or high >= classes:
+        wrong = int(low) if low < 0 else int(high)
+        raise ValueError(f"{name} has the label {wrong}, the model {classes} outputs: labels are 0..{classes - 1}, numbered anew in each task")
+    if batch.ways is not None:
+        for t, task in enumerate(batch):
+            top = int(task[1 if name == "support_y" else 3].max())
+            if top >= int(batch.ways[t]):
+                raise ValueError(f"{name} of task {t} has the label {top}, the task {int(batch.ways[t])} ways")
+
+
+def support_batch(support_x: object, support_y: object, ways: object) -> TaskBatch:
+    """A TaskBatch to adapt to, whose query rows nobody reads."""
+    if isinstance(support_x, TaskBatch):
+        if support_y is not None or ways is not None:
+            raise TypeError("adapt got a TaskBatch and support_y or ways besides: the batch holds them")
+        return support_x
+    if support_y is None:
+        raise TypeError("adapt needs support_y: maml.adapt(support_x [tasks, n, ...], support_y [tasks, n])")
+    if isinstance(support_x, (list, tuple)) and isinstance(support_y, (list, tuple)):
+        if len(support_x) != len(support_y):
+            raise ValueError(f"support_x has {len(support_x)} tasks, support_y {len(support_y)}: expected one tensor per task in each")
+        return TaskBatch.from_tasks([(x, y, x, y) for x, y in zip(support_x, support_y, strict=True)], ways)
+    return TaskBatch.from_tensors(support_x, support_y, support_x, support_y, ways)
 
 
 def check_task_weights(weights: object, tasks: int) -> Tensor | None:
@@ -157,7 +180,10 @@ def check_step_weights(weights: object, steps: int) -> tuple[list[float], int] |
         return None
     if isinstance(weights, (str, Mapping)) or not isinstance(weights, (Sequence, Tensor)):
         raise TypeError(f"step_loss_weights={weights!r}: expected one number per inner step")
-    values = [float(w) for w in weights]
+    try:
+        values = [float(w) for w in weights]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"step_loss_weights={weights!r}: expected one number per inner step") from error
     if len(values) not in (steps, steps + 1) or steps == 0:
         raise ValueError(
             f"step_loss_weights has {len(values)} entries, inner_steps is {steps}: give one per inner step (the loss after it), "

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmaml.batch import TaskBatch
+
+
+class NonFiniteError(FloatingPointError):
+    """Tasks whose loss or gradient is not finite; ``tasks`` holds their indices."""
+
+    def __init__(self, tasks: list[int]) -> None:
+        self.tasks = tasks
+        shown = ", ".join(map(str, tasks[:8])) + (" ..." if len(tasks) > 8 else "")
+        super().__init__(
+            f"loss or gradient of {len(tasks)} task(s) is not finite: {shown}. Look at these tasks and at inner_lr, "
+            "or pass on_nonfinite='skip' to leave such tasks out of the sums. No .grad was changed."
+        )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.tasks,)
 
 
 @dataclass(slots=True)
@@ -17,7 +32,7 @@ class MetaOutput:
 
     loss            scalar; ``loss.backward()`` fills ``.grad`` of the model's own parameters. Only it carries gradient.
     logits          [tasks, n_query, ...] of the adapted networks; a tuple of [n_query, ...], one per task, where tasks differ in size
-    task_losses     [tasks] outer losses (multi-step: the weighted sums)
+    task_losses     [tasks] outer losses (multi-step: the weighted sums); None with outer_loss=
     support_losses  [tasks, inner_steps] inner losses before each step
     finite          [tasks] bool: tasks that are in the sums
     executor, precision   what ran
@@ -35,10 +50,7 @@ class MetaOutput:
 
     @property
     def logits(self) -> Tensor | tuple[Tensor, ...]:
-        sizes = self.batch.query_sizes
-        if all(n == sizes[0] for n in sizes):
-            return self.joined_logits.unflatten(0, (len(sizes), sizes[0]))
-        return self.joined_logits.split(list(sizes))
+        return per_task(self.joined_logits, self.batch.query_sizes)
 
     @property
     def task_accuracy(self) -> Tensor:
@@ -53,11 +65,17 @@ class MetaOutput:
         return self.task_accuracy.mean()
 
 
-def accuracy_of(logits: Tensor, batch: TaskBatch) -> Tensor:
+def per_task(rows: Tensor, sizes: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
+    """[sum n, ...] as [tasks, n, ...]; where the sizes differ a tuple of [n, ...]. Views."""
+    if all(n == sizes[0] for n in sizes):
+        return rows.unflatten(0, (len(sizes), sizes[0]))
+    return rows.split(list(sizes))
+
+
+def correct_of(logits: Tensor, batch: TaskBatch) -> Tensor:
     """[tasks] numbers of right predictions, for outer losses of the user's own."""
-    ways: Any = batch.ways
     right = []
-    for t, z in enumerate(logits.split(list(batch.query_sizes))):
-        z = z if ways is None else z[:, : int(ways[t])]
-        right.append((z.argmax(1) == batch.task(t)[3]).sum())
+    for t, (z, (_, _, _, y)) in enumerate(zip(logits.split(list(batch.query_sizes)), batch, strict=True)):
+        z = z if batch.ways is None else z[:, : int(batch.ways[t])]
+        right.append((z.argmax(1) == y).sum())
     return torch.stack(right).to(logits.dtype)

@@ -1,7 +1,7 @@
-"""Random Programs, Arrangements and batches, and how a run of them is judged. Shared by the tests of the Plan and of the executors.
+"""Random Programs, Arrangements and batches, and how a run of them is judged. For the tests of Plans and executors.
 
-The structure is drawn by hypothesis, so a failing case shrinks to a small network; the numbers come from a seed. All numbers are float32 values,
-so that runs in float32 and in float64 see the same problem.
+The structure is drawn by hypothesis, so a failing case shrinks to a small network; the numbers come from a seed. All
+numbers are float32 values, so that runs in float32 and in float64 see the same problem.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, currently_in_test_context, note, settings
 from hypothesis import strategies as st
 from reference import meta_gradient
 from torch import Tensor
@@ -84,10 +84,12 @@ class Case:
         return Call(self.batch, *numbers, **options)
 
     def truth(self, dtype: torch.dtype = torch.float64, outer=None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(losses [tasks], gradients) by torch.autograd. A leaf of a task's own gets the gradient of its task's loss, [tasks, ...]."""
+        """(losses [tasks], gradients) by torch.autograd; a leaf of a task's own gets that of its task's loss, [tasks, ...]."""
         own = {leaf.name for leaf in self.program.leaves if leaf.home == "task"}
         call, count = self.call(dtype), len(self.batch)
-        weights = torch.full((count,), 1.0 / count, dtype=torch.float64) if self.task_weights is None else self.task_weights
+        weights = (
+            torch.full((count,), 1.0 / count, dtype=torch.float64) if self.task_weights is None else self.task_weights
+        )
         losses, total = [], {}
         for t in range(count):
             leaves = {name: v[t] if name in own else v for name, v in call.leaves.items()}
@@ -98,22 +100,26 @@ class Case:
             losses.append(one[0])
             for name, g in one[1].items():
                 total.setdefault(name, []).append(g if name in own else g * weights[t].to(g))
-        joined = {name: torch.stack(gs) if name in own else functools.reduce(Tensor.add, gs) for name, gs in total.items()}
+        joined = {
+            name: torch.stack(gs) if name in own else functools.reduce(Tensor.add, gs) for name, gs in total.items()
+        }
         return torch.cat(losses), joined
 
     def moved(self, relative: float) -> Case:
-        """The same case with the inputs and the leaves moved by rounding: how far its truth moves is how far any result may be off."""
+        """The same case with inputs and leaves moved by rounding: as far as its truth moves, any result may be off."""
         generator = torch.Generator().manual_seed(0)
 
         def move(v: Tensor) -> Tensor:
             return v.double() * (1 + relative * torch.randn(v.shape, generator=generator, dtype=torch.float64))
 
         b = self.batch.to(dtype=torch.float64)
-        batch = TaskBatch(move(b.support_x), b.support_y, move(b.query_x), b.query_y, b.support_sizes, b.query_sizes, b.ways)
+        batch = TaskBatch(
+            move(b.support_x), b.support_y, move(b.query_x), b.query_y, b.support_sizes, b.query_sizes, b.ways
+        )
         return replace(self, batch=batch, leaves={name: move(v) for name, v in self.leaves.items()})
 
 
-# --------------------------------------------------------------------------------------------------------------- judging
+# -------------------------------------------------------------------------------------------------------------- judging
 
 
 def gradients(results: Results, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,8 +132,10 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
 
 
 def error(got: Mapping[str, Tensor], truth: Mapping[str, Tensor], zero: float) -> float:
-    """Norm of the difference over norm of the truth, all together (DESIGN.md, section 5). Where the truth is below ``zero`` it is
-    zero to rounding, and so must the result be: the error then counts against ``zero``'s worth."""
+    """Norm of the difference over norm of the truth, all together (DESIGN.md, section 5).
+
+    A truth below ``zero`` is zero to rounding, and so must the result be: its error is measured against ``zero``.
+    """
     assert all(bool(torch.isfinite(got[name]).all()) for name in truth), "not finite"
     return norm({name: got[name].double() - truth[name].double() for name in truth}) / max(norm(truth), zero)
 
@@ -140,7 +148,7 @@ def outer_losses(case: Case, results: Results) -> Tensor:
     return (losses * weights[-losses.shape[1] :].to(losses)).sum(1)
 
 
-# --------------------------------------------------------------------------------------------------------------- Programs
+# ------------------------------------------------------------------------------------------------------------- Programs
 
 
 class Network:
@@ -151,7 +159,9 @@ class Network:
         self.statistics = rng.choice(["batch", "support", "running"])
         self.norms = ["batchnorm", "none"] if native else ["batchnorm", "layernorm", "groupnorm", "none"]
         self.positive: set[str] = set()
-        shape = (rng.choice([1, 3]), rng.choice([6, 7]), rng.choice([6, 8])) if conv else (rng.choice([1, 5, 7, 17]),)
+        shape = (
+            (rng.choice([1, 3]), rng.choice([6, 7]), rng.choice([6, 8])) if conv else (rng.choice([1, 5, 7, 17, 33]),)
+        )
         self.builder = ProgramBuilder(shape)
         v = self.images(0) if conv else 0
         for _ in range(rng.randint(1, 3)):
@@ -197,7 +207,9 @@ class Network:
             affine = self.optional(shape[-dims:], 0.7), self.optional(shape[-dims:], 0.7)
             return b.op(name, v, *affine, eps=1e-3, dims=dims)
         if name == "groupnorm":  # a group of one number has no gradient
-            groups = [g for g in range(1, shape[0] + 1) if shape[0] % g == 0 and (len(shape) > 1 or g < shape[0] or g == 1)]
+            groups = [
+                g for g in range(1, shape[0] + 1) if shape[0] % g == 0 and (len(shape) > 1 or g < shape[0] or g == 1)
+            ]
             affine = self.optional(shape[:1], 0.7), self.optional(shape[:1], 0.7)
             return b.op(name, v, *affine, eps=1e-3, groups=self.rng.choice(groups))
         return v
@@ -234,7 +246,9 @@ class Network:
     def weight(self, out: int, into: int) -> int:
         b = self.builder
         tied = [op.inputs[1] for op in b.ops if op.name == "linear" and self.shape(op.inputs[1]) == (out, into)]
-        kind = self.rng.choice(["leaf", "leaf", "leaf", "leaf", "mul", "matmul", "transpose", "slice", "add", "tied", "tied"])
+        kind = self.rng.choice(
+            ["leaf", "leaf", "leaf", "leaf", "mul", "matmul", "transpose", "slice", "add", "tied", "tied"]
+        )
         if kind == "tied" and tied:
             return tied[0]
         if kind == "mul":
@@ -257,7 +271,7 @@ class Network:
         return self.builder.op("add", u, v) if out == into and self.chance(0.5) else u
 
 
-# --------------------------------------------------------------------------------------------------------------- cases
+# ---------------------------------------------------------------------------------------------------------------- cases
 
 
 def arrangement(rng: random.Random, program: Program) -> Arrangement:
@@ -277,9 +291,7 @@ def arrangement(rng: random.Random, program: Program) -> Arrangement:
     )
 
 
-def numbers_for(
-    program: Program, a: Arrangement, seed: int, sizes, ways=None, rate: float = 0.05, positive=()
-) -> Case:
+def numbers_for(program: Program, a: Arrangement, seed: int, sizes, ways=None, rate: float = 0.05, positive=()) -> Case:
     """A Case with random numbers; ``sizes``: (support, query) rows of each task."""
     generator = torch.Generator().manual_seed(seed)
     outputs = program.values[program.output].shape[0]
@@ -311,12 +323,21 @@ def random_case(rng: random.Random, conv: bool = False, native: bool = False, **
     network = Network(rng, conv, native)
     program = network.program
     if rng.random() < 0.2:
-        leaves = (replace(leaf, home=rng.choice(["meta", "task"])) if leaf.role == "adapted" else leaf for leaf in program.leaves)
+        leaves = (
+            replace(leaf, home=rng.choice(["meta", "task"])) if leaf.role == "adapted" else leaf
+            for leaf in program.leaves
+        )
         program = replace(program, leaves=tuple(leaves))
     a = replace(arrangement(rng, program), **changes)
-    sizes = [(rng.choice([3, 5, 7]), rng.choice([2, 4, 6])) for _ in range(rng.choice([1, 3, 5] if native else [1, 2, 3]))]
+    sizes = [
+        (rng.choice([3, 5, 7]), rng.choice([2, 4, 6])) for _ in range(rng.choice([1, 3, 5] if native else [1, 2, 3]))
+    ]
+    a = replace(a, support_rows=rng.choice([None, max(support for support, _ in sizes)]))
     ways = [rng.choice([2, network.outputs]) for _ in sizes]
     case = numbers_for(program, a, rng.randint(0, 10**6), sizes, ways, 0.05 if native else 0.1, network.positive)
     if rng.random() < 0.3:
-        case = replace(case, task_weights=torch.rand(len(sizes), dtype=torch.float64, generator=torch.Generator().manual_seed(len(sizes))))
+        generator = torch.Generator().manual_seed(len(sizes))
+        case = replace(case, task_weights=torch.rand(len(sizes), dtype=torch.float64, generator=generator))
+    if currently_in_test_context():
+        note(str(case))
     return case

@@ -1,4 +1,4 @@
-"""The torch executor in float64 against torch.autograd with create_graph: the truth that every other executor is held against."""
+"""The torch executor, which every other executor is held against, in float64 against torch.autograd with create_graph."""
 
 from __future__ import annotations
 
@@ -21,13 +21,20 @@ ZERO = 1e-9  # gradients below are zero to float64's rounding
 IMAGE, MINI, LINE = (1, 28, 28), (3, 84, 84), (1,)
 
 
-def mean_error(case: Case, bound: float) -> float:
-    """Error of the gradients, or that of the losses if it is larger. Float64 has chaos of its own (a rate that is too large, BN over rows that hardly
-    differ): an error above ``bound`` is allowed up to 100 times what the truth moves by when inputs and leaves move by 1e-14."""
+def worst_error(case: Case, bound: float) -> float:
+    """Error of the gradients, or that of the losses if it is larger.
+
+    Float64 has chaos of its own (a rate that is too large, BN over rows that hardly differ): an error above ``bound``
+    may be up to 100 times what the truth moves by when inputs and leaves move by 1e-14, relatively.
+    """
     results = TorchExecutor(case.plan()).forward(case.call())
     losses, truth = case.truth()
+    if not bool(torch.isfinite(losses).all()):  # it diverges, and must be seen to
+        assert torch.equal(results.finite, torch.isfinite(losses))
+        return 0.0
     worst = max(
-        error({"loss": outer_losses(case, results)}, {"loss": losses}, 1e-12), error(gradients(results, truth), truth, ZERO)
+        error({"loss": outer_losses(case, results)}, {"loss": losses}, 1e-12),
+        error(gradients(results, truth), truth, ZERO),
     )
     if worst > bound:
         moved = error(case.moved(1e-14).truth()[1], truth, ZERO)
@@ -36,7 +43,7 @@ def mean_error(case: Case, bound: float) -> float:
     return worst
 
 
-# ----------------------------------------------------------------------------------------------------------- the reference nets
+# --------------------------------------------------------------------------------------------------- the reference nets
 
 # net, shape of a sample, whether gamma and beta stay outside the inner loop, steps
 NETS = {
@@ -74,15 +81,15 @@ def net_case(name: str, steps: int, first_order: bool) -> Case:
 @pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 @pytest.mark.parametrize(("name", "steps"), [(n, k) for n in NETS for k in NETS[n][3]])
 def test_reference_nets(name: str, steps: int, first_order: bool) -> None:
-    assert mean_error(net_case(name, steps, first_order), 1e-11) <= 1e-11
+    assert worst_error(net_case(name, steps, first_order), 1e-11) <= 1e-11
 
 
-# ------------------------------------------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------------------------------------------------- options
 
 
 def small_program(kind: str, statistics: str = "batch", outer: str = "norm") -> Program:
-    """Two layers with batch normalisation; leaves are called body.*, norm.*, head.*. ``outer``: the layer that is not adapted."""
-    b = ProgramBuilder((2, 6, 6) if kind == "conv" else (5,))
+    """Two layers with batch normalisation; leaves are body.*, norm.*, head.*. ``outer``: the layer that is not adapted."""
+    b = ProgramBuilder((2, 6, 6) if kind == "conv" else (16,))
 
     def leaf(name: str, *shape: int) -> int:
         role = "const" if "running" in name else "outer" if name.startswith(outer) else "adapted"
@@ -91,7 +98,7 @@ def small_program(kind: str, statistics: str = "batch", outer: str = "norm") -> 
     if kind == "conv":
         v = b.op("conv2d", 0, leaf("body.w", 3, 2, 3, 3), leaf("body.b", 3), stride=(1, 1), padding=(1, 1, 1, 1))
     else:
-        v = b.op("linear", 0, leaf("body.w", 7, 5), leaf("body.b", 7))
+        v = b.op("linear", 0, leaf("body.w", 7, 16), leaf("body.b", 7))
     c = b.values[v].shape[:1]
     running = (leaf("norm.running_mean", *c), leaf("norm.running_var", *c)) if statistics == "running" else ()
     v = b.op("batchnorm", v, leaf("norm.gamma", *c), leaf("norm.beta", *c), *running, eps=1e-3, statistics=statistics)
@@ -136,6 +143,11 @@ OPTIONS = {
     "mse-divisor": {"loss": Loss("mse", 5.0)},
     "running": {"statistics": "running"},
     "support": {"statistics": "support"},
+    "factored": {"support_rows": 7},
+    "factored-learned": {"support_rows": 7, "rates": ("one", True, True)},
+    "factored-per-tensor": {"support_rows": 7, "rates": ("tensor", True, False)},
+    "factored-multi-step": {"support_rows": 7, "query_from": 0},
+    "factored-support": {"support_rows": 7, "statistics": "support"},
     "support-multi-step": {"statistics": "support", "query_from": 0},
     "task-weights": {"task_weights": torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)},
     "ways": {"ways": [2, 4, 3]},
@@ -162,11 +174,11 @@ def option_case(kind: str, first_order: bool, memory: str, option: str) -> Case:
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(option: str, kind: str, first_order: bool, memory: str) -> None:
-    assert mean_error(option_case(kind, first_order, memory, option), 1e-11) <= 1e-11
+    assert worst_error(option_case(kind, first_order, memory, option), 1e-11) <= 1e-11
 
 
 def run_halves(executor, case: Case, outer, dtype: torch.dtype = torch.float64) -> tuple[Tensor, dict[str, Tensor]]:
-    """(losses [tasks], gradients) with a torch function (logits, query_y) as the outer loss, its mean over the tasks."""
+    """(losses [tasks], gradients) of the mean over the tasks of a torch function (logits, query_y)."""
     call = case.call(dtype, total=True, task_weights=None)
     forward = executor.forward(call)
     logits = [v.clone().requires_grad_() for v in forward.values["logits"].split(case.batch.query_sizes)]
@@ -181,7 +193,9 @@ def focal(z: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
-@pytest.mark.parametrize("option", ["plain", "learned-per-element", "learned-rate", "support", "running", "outer-body"])
+@pytest.mark.parametrize(
+    "option", ["plain", "learned-per-element", "learned-rate", "support", "running", "outer-body", "factored-learned"]
+)
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_two_halves_around_a_torch_loss(kind: str, option: str, first_order: bool) -> None:
     case = option_case(kind, first_order, "constant", option)
@@ -191,7 +205,7 @@ def test_two_halves_around_a_torch_loss(kind: str, option: str, first_order: boo
     assert error({n: values[f"grad.{n}"] for n in truth}, truth, ZERO) <= 1e-11
 
 
-# ------------------------------------------------------------------------------------------------------------- random Programs
+# ------------------------------------------------------------------------------------------------------ random Programs
 
 
 @pytest.mark.parametrize(("conv", "count"), [(False, 200), (True, 130)], ids=["linear", "conv"])
@@ -201,7 +215,7 @@ def test_random_programs(conv: bool, count: int) -> None:
     @examples(count)
     @given(randoms())
     def check(rng) -> None:
-        errors.append(mean_error(random_case(rng, conv), 1e-10))
+        errors.append(worst_error(random_case(rng, conv), 1e-10))
 
     check()
     assert len(errors) >= count and sorted(errors)[len(errors) // 2] <= 1e-13
@@ -218,7 +232,9 @@ def test_random_halves(rng) -> None:
     assert error({n: values.get(f"grad.{n}", torch.zeros_like(v)) for n, v in truth.items()}, truth, ZERO) <= 1e-9
 
 
-OWN_LEAVES = pytest.mark.xfail(reason="what a task's own leaf or an expression over one multiplies gets no gradient", strict=True)
+OWN_LEAVES = pytest.mark.xfail(
+    reason="what a task's own leaf or an expression over one multiplies gets no gradient", strict=True
+)
 
 
 @OWN_LEAVES
@@ -228,18 +244,32 @@ def test_leaves_of_a_task_that_are_not_adapted(role: str) -> None:
     mask, w = b.leaf("mask", (2, 3), role, "task"), b.leaf("w", (2, 3), "outer")
     program = b.build(b.op("linear", 0, b.op("mul", w, mask), b.leaf("b", (2,), "adapted")))
     a = Arrangement(steps=1, loss=Loss("mse"), rates={"b": Rate("lr")})
-    assert mean_error(numbers_for(program, a, 0, [(3, 2), (3, 2)]), 1e-11) <= 1e-11
+    assert worst_error(numbers_for(program, a, 0, [(3, 2), (3, 2)]), 1e-11) <= 1e-11
 
 
-# --------------------------------------------------------------------------------------------------------------- properties
+@pytest.mark.xfail(
+    reason="the support pass takes x.support for the Gram matrix where the layer reads a reshape of it", strict=True
+)
+def test_factored_layer_behind_a_reshape() -> None:
+    b = ProgramBuilder((2, 8))
+    x = b.op("reshape", 0, shape=(16,))
+    program = b.build(b.op("linear", x, b.leaf("w", (3, 16), "adapted")))
+    a = Arrangement(steps=1, rates={"w": Rate("lr")}, support_rows=4)
+    assert worst_error(numbers_for(program, a, 0, [(4, 2), (3, 2)]), 1e-11) <= 1e-11
+
+
+# ----------------------------------------------------------------------------------------------------------- properties
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
-@pytest.mark.parametrize("option", ["plain", "learned-per-tensor", "multi-step", "support"])
+@pytest.mark.parametrize("option", ["plain", "learned-per-tensor", "multi-step", "support", "factored-learned"])
 def test_finite_differences(kind: str, option: str) -> None:
     """Independent of autograd: the loss of a Plan without gradients, at leaves and rates a little to each side."""
     case = option_case(kind, False, "constant", option)
-    executor, gradient = TorchExecutor(case.plan(entry="evaluate")), TorchExecutor(case.plan()).forward(case.call()).values
+    executor, gradient = (
+        TorchExecutor(case.plan(entry="evaluate")),
+        TorchExecutor(case.plan()).forward(case.call()).values,
+    )
     generator = torch.Generator().manual_seed(0)
     call, direction, eps = case.call(), {}, 1e-6
     names = [n.removeprefix("grad.") for n in gradient if isinstance(n, str) and n.startswith("grad.")]
@@ -262,15 +292,19 @@ def test_finite_differences(kind: str, option: str) -> None:
 @pytest.mark.parametrize("memory", ["constant", "fast"])
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_the_hessian_is_symmetric(kind: str, memory: str) -> None:
-    """With one step: gradient = u - lr H u, where u is the outer gradient, which is what the first-order Plan returns."""
+    """With one step gradient = u - lr H u, where u is the outer gradient: what the first-order Plan returns."""
     case = option_case(kind, False, memory, "plain")
-    case = dataclasses.replace(case, arrangement=dataclasses.replace(case.arrangement, steps=1), batch=case.batch.select(0))
+    case = dataclasses.replace(
+        case, arrangement=dataclasses.replace(case.arrangement, steps=1), batch=case.batch.select(0)
+    )
     second, first = (TorchExecutor(case.plan(entry="halves", first_order=order)) for order in (False, True))
     adapted = [f"grad.{leaf.name}" for leaf in case.program.leaves if leaf.role == "adapted"]
 
     def both(seed: int) -> tuple[Tensor, Tensor]:
         """u and lr H u."""
-        d = torch.randn(case.batch.query_sizes[0], 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        d = torch.randn(
+            case.batch.query_sizes[0], 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         full, u = (
             torch.cat([e.reverse(e.forward(case.call(total=True)).state, [d]).values[n].flatten() for n in adapted])
             for e in (second, first)

@@ -29,8 +29,12 @@ class Barrier {  // for the threads that OpenMP really gave; spins, then yields 
             turn_.store(turn + 1, std::memory_order_release);
             return;
         }
-        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins)
-            if (spins > 4096) sched_yield();
+        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+            if (spins > 2048) sched_yield();
+#ifdef FASTMAML_X86
+            __builtin_ia32_pause();
+#endif
+        }
     }
 
    private:

@@ -11,6 +11,7 @@ from fastmaml.executors.cpu import CpuExecutor
 from fastmaml.executors.torch import TorchExecutor
 from fastmaml.plan.instructions import Plan
 
+Executor = CpuExecutor | TorchExecutor
 BACKENDS = ("auto", "cpu", "torch", "autograd", "cuda", "triton")
 NOT_YET = {
     "cuda": "fastmaml._cuda is not part of this version",
@@ -40,7 +41,7 @@ def why_not(backend: str, plan: Plan, dtype: DType, device: Device) -> str | Non
     return CpuExecutor.why_not(plan)
 
 
-def choose(backend: str, plan: Plan, dtype: DType, device: Device) -> CpuExecutor | TorchExecutor:
+def choose(backend: str, plan: Plan, dtype: DType, device: Device) -> Executor:
     """The executor for a Plan. "auto" takes the best that can run it; any other name is that backend or a BackendError."""
     classes = {"cpu": CpuExecutor, "torch": TorchExecutor, "autograd": AutogradExecutor}
     order = ("cpu", "torch", "autograd") if backend == "auto" else (backend,)

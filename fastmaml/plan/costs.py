@@ -132,10 +132,9 @@ class Counter:
     def _elements(self, buffer: Buffer) -> int:
         if buffer.rows is None:
             return buffer.numel * self.tasks
-        columns = getattr(buffer, "columns", None)  # of a Gram matrix
-        if columns is None:
+        if buffer.columns is None:
             return buffer.numel * sum(self.sizes[buffer.rows])
-        return sum(n * m for n, m in zip(self.sizes[buffer.rows], self.sizes[columns], strict=True))
+        return sum(n * m for n, m in zip(self.sizes[buffer.rows], self.sizes[buffer.columns], strict=True))
 
     def bytes_of(self, buffer: Buffer) -> int:
         return self._elements(buffer) * ITEM_BYTES.get(buffer.kind, self.itemsize)

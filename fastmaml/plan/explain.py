@@ -39,7 +39,7 @@ def explain(
     total = {name: sum(getattr(row, name) for row in rows) for name in ("flops", "products", "bytes", "block_bytes")}
     lines = [*_head(plan, batch), "", _row("", "operands -> results", "FLOP", "bytes", "home")]
     lines += _segments(plan, batch, rows, itemsize)
-    lines += [_total(f"{r.segment} of {r.instructions} arrays", [r]) + "  meta" for r in rows if r.segment == SUM]
+    lines += [_total(f"{r.segment} of {r.instructions} arrays", [r]) + " meta" for r in rows if r.segment == SUM]
     lines.append(_row("total", "", _si(total["flops"]), _si(total["bytes"], "B")))
     unknown = sorted({kernel for row in rows for kernel in row.uncounted})
     if unknown:
@@ -105,7 +105,8 @@ def _alike(plan: Plan, group: Group) -> dict[tuple[str, str, str, int], list[Ins
     out: dict[tuple[str, str, str, int], list[Instruction]] = {}
     for i, instr in enumerate(group.instructions):
         buffers = [plan.buffers[ref.buffer] for ref in instr.writes()]
-        homes = dict.fromkeys(SHORT.get(b.home, b.home) + ("/k" if b.steps else "") for b in buffers)
+        slots = {b.home for b in buffers if b.steps}
+        homes = dict.fromkeys(SHORT.get(b.home, b.home) + ("/k" if b.home in slots else "") for b in buffers)
         key = (instr.kernel, _shapes(plan, instr), ",".join(homes), i if group.rows else -1)
         out.setdefault(key, []).append(instr)
     return out
@@ -117,7 +118,7 @@ def _shapes(plan: Plan, instr: Instruction) -> str:
     def show(refs: Iterable[Ref], brief: bool) -> str:
         buffers = [plan.buffers[ref.buffer] for ref in refs]
         kept = [b for b in buffers if not (brief and len(b.shape) == 1 and not b.rows)]
-        shapes = collections.Counter(f"[{','.join([*(['n'] if b.rows else []), *map(str, b.shape)])}]" for b in kept)
+        shapes = collections.Counter(_shape(b) for b in kept)
         words = [shape if times == 1 else f"{shape}x{times}" for shape, times in shapes.items()]
         return " ".join(words if len(kept) == len(buffers) else [*words, ".."])
 
@@ -128,13 +129,18 @@ def _shapes(plan: Plan, instr: Instruction) -> str:
     return text[: SHAPES - 3] + "..."
 
 
+def _shape(buffer: Buffer) -> str:
+    rows = ["n" for extent in (buffer.rows, buffer.columns) if extent]  # two: a Gram matrix
+    return f"[{','.join([*rows, *map(str, buffer.shape)])}]"
+
+
 def _total(what: str, rows: list[Cost]) -> str:
     return _row(what, "", _si(sum(row.flops for row in rows)), _si(sum(row.bytes for row in rows), "B"))
 
 
 def _row(what: str, shapes: str, flops: str, size: str, home: str = "") -> str:
     left = f"{what:<26} {shapes:<{SHAPES}}" if shapes else f"{what:<{SHAPES + 27}}"
-    return f"{left} {flops:>6} {size:>7}  {home}".rstrip()
+    return f"{left} {flops:>6} {size:>7} {home}".rstrip()
 
 
 # -- memory and time ---------------------------------------------------------------------------------------------------
@@ -176,9 +182,8 @@ def _largest(plan: Plan, home: str, copies: int, rows: Mapping[str, int], itemsi
 def stored_bytes(buffer: Buffer, rows: Mapping[str, int], itemsize: int = 4) -> int:
     """Bytes of one copy of a buffer with all its steps (slot 0 that is the leaf itself is not stored)."""
     slots = buffer.steps - 1 if buffer.first else max(buffer.steps, 1)
-    columns = rows.get(getattr(buffer, "columns", None), 1)
-    n = buffer.numel * columns * (rows[buffer.rows] if buffer.rows else 1)
-    return n * slots * ITEM_BYTES.get(buffer.kind, itemsize)
+    width = rows[buffer.columns] if buffer.columns else buffer.numel
+    return width * (rows[buffer.rows] if buffer.rows else 1) * slots * ITEM_BYTES.get(buffer.kind, itemsize)
 
 
 def _floor(
@@ -215,6 +220,6 @@ def _si(value: float, unit: str = "") -> str:
 
 def _time(seconds: float) -> str:
     for unit, factor in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= factor:
+        if seconds >= 0.9995 * factor:
             return f"{seconds / factor:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"

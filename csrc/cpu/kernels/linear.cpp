@@ -1,7 +1,8 @@
 // linear in all modes, on packed weights: panels of 64 outputs, each [in][width], so that the vectors run over outputs, a panel is one stream of
 // memory, and the weight gradient is an outer product in the same layout. bwd_input transposes 64 x 64 pieces of the panel on the way.
 //
-// Every output element is one chain of FMAs in a fixed order, whatever the tile, the block of rows or the team: bits do not depend on them.
+// Every output element is a sum of short chains of FMAs (kDepth products each: a single chain over 784 inputs loses half a digit against a blocked
+// one) in a fixed order, whatever the tile, the block of rows or the team: bits do not depend on them.
 #include "../simd.h"
 
 namespace fastmaml {
@@ -10,6 +11,8 @@ namespace FASTMAML_ISA {
 static constexpr int kCols = VL == 16 ? 4 : 2;  // vectors of a register tile: 6 x 4 zmm, or 6 x 2 ymm/xmm
 static constexpr int kRows = 6;                 // its rows; narrow tiles are taller, to keep enough FMAs under way
 static constexpr int rows_of(int vectors) { return vectors == 1 ? 12 : VL == 16 && vectors == 2 ? 12 : VL == 16 && vectors == 3 ? 8 : kRows; }
+
+static constexpr int64_t kDepth = 64;  // products in one chain; 64 x 64 weights are also what stays in L1 for all rows
 
 struct Pair {  // one product x w of a sum of products; w is [k][ldw]
     const float* x;
@@ -24,7 +27,7 @@ static inline void tile(const Pair* pairs, int n_pairs, int64_t k, float* y, int
                         int64_t ld_init) {
     vec acc[R][C];
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) acc[r][c] = init ? load(init + r * ld_init + c * VL) : vec{};
+        for (int c = 0; c < C; ++c) acc[r][c] = vec{};
     for (int p = 0; p < n_pairs; ++p) {
         const float *x = pairs[p].x, *w = pairs[p].w;
         const int64_t ldx = pairs[p].ldx, ldw = pairs[p].ldw;
@@ -38,7 +41,8 @@ static inline void tile(const Pair* pairs, int n_pairs, int64_t k, float* y, int
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) store(y + r * ldy + c * VL, acc[r][c]);
+        for (int c = 0; c < C; ++c)
+            store(y + r * ldy + c * VL, init ? load(init + r * ld_init + c * VL) + acc[r][c] : acc[r][c]);
 }
 
 template <int R, int C>
@@ -65,17 +69,23 @@ static void product(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int
                     const float* init, int64_t ld_init) {
     for (int64_t c = 0; c < cols; c += kCols * VL) {
         const int vectors = static_cast<int>((cols - c < kCols * VL ? cols - c : kCols * VL) / VL);
-        Pair here[2];
-        for (int p = 0; p < n_pairs; ++p) here[p] = {pairs[p].x, pairs[p].ldx, pairs[p].w + c, pairs[p].ldw};
         const float* from = init ? init + c : nullptr;
-        switch (vectors) {
-            case 1: column<1>(n, here, n_pairs, k, y + c, ldy, from, ld_init); break;
-            case 2: column<2>(n, here, n_pairs, k, y + c, ldy, from, ld_init); break;
+        int64_t ld_from = ld_init, i = 0;
+        do {  // once even for k = 0: then y is init
+            const int64_t depth = k - i < kDepth + kDepth / 2 ? k - i : kDepth;
+            Pair here[2];
+            for (int p = 0; p < n_pairs; ++p) here[p] = {pairs[p].x + i, pairs[p].ldx, pairs[p].w + i * pairs[p].ldw + c, pairs[p].ldw};
+            switch (vectors) {
+                case 1: column<1>(n, here, n_pairs, depth, y + c, ldy, from, ld_from); break;
+                case 2: column<2>(n, here, n_pairs, depth, y + c, ldy, from, ld_from); break;
 #if defined(__AVX512F__)
-            case 3: column<3>(n, here, n_pairs, k, y + c, ldy, from, ld_init); break;
-            default: column<4>(n, here, n_pairs, k, y + c, ldy, from, ld_init); break;
+                case 3: column<3>(n, here, n_pairs, depth, y + c, ldy, from, ld_from); break;
+                default: column<4>(n, here, n_pairs, depth, y + c, ldy, from, ld_from); break;
 #endif
-        }
+            }
+            from = y + c, ld_from = ldy;
+            i += depth;
+        } while (i < k);
     }
 }
 
@@ -89,7 +99,7 @@ static void forward(const Call& c, const float* x1, int64_t ld1, const float* w1
         int64_t stop = panel * kPanel + width;
         if (stop > s.end * kLane) stop = s.end * kLane;
         const int64_t at = panel * kPanel * in + o % kPanel;
-        Pair pairs[2];
+        Pair pairs[2] = {};
         int np = 0;
         if (w1) pairs[np++] = {x1, ld1, w1 + at, width};
         if (w2) pairs[np++] = {x2, ld2, w2 + at, width};
@@ -231,7 +241,8 @@ struct Outer {  // dw += x^T d
 };
 
 struct Epilogue {  // what is stored: acc, or base + scale acc
-    const float* from;  // partial sums of the blocks before, or null
+    const float* from;  // the chain goes on from the block before, or null
+    const float* plus;  // sums of the rows before, added to this chain at its end, or null
     const float* base;
     float scale;
 };
@@ -255,8 +266,11 @@ static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, float*
     const vec scale = splat(e.scale);
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c)
-            store(dw + r * ldw + c * VL,
-                  e.base ? fma(scale, acc[r][c], load(e.base + r * ldw + c * VL)) : acc[r][c]);
+        {
+            const int64_t at = r * ldw + c * VL;
+            const vec sum = e.plus ? load(e.plus + at) + acc[r][c] : acc[r][c];
+            store(dw + at, e.base ? fma(scale, sum, load(e.base + at)) : sum);
+        }
 }
 
 template <int R, int C>
@@ -272,34 +286,57 @@ static void outer_column(int64_t inputs, const Outer* terms, int n_terms, int64_
     for (int64_t k = 0; k < inputs; k += R) {
         Outer here[2];
         for (int t = 0; t < n_terms; ++t) here[t] = {terms[t].x + k, terms[t].ldx, terms[t].d, terms[t].ldd};
-        const Epilogue at = {e.from ? e.from + k * ldw : nullptr, e.base ? e.base + k * ldw : nullptr, e.scale};
+        const Epilogue at = {e.from ? e.from + k * ldw : nullptr, e.plus ? e.plus + k * ldw : nullptr,
+                             e.base ? e.base + k * ldw : nullptr, e.scale};
         outer_rows<R, C>(inputs - k < R ? inputs - k : R, here, n_terms, n, dw + k * ldw, ldw, at);
     }
 }
+
+// One column of tiles of dw over up to kDeep rows of the batch, dispatched by its width.
+static void outer_columns(int64_t width, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw, const Epilogue& e) {
+    switch (width / VL) {
+        case 1: return outer_column<1>(inputs, terms, n_terms, n, dw, ldw, e);
+#if defined(__AVX512F__)
+        case 3: return outer_column<3>(inputs, terms, n_terms, n, dw, ldw, e);
+        case 4: return outer_column<4>(inputs, terms, n_terms, n, dw, ldw, e);
+#endif
+        default: return outer_column<2>(inputs, terms, n_terms, n, dw, ldw, e);
+    }
+}
+
+// Rows of dy that stay in L1 while all of dw is walked. They are copied together first: rows 1 KB apart would share a quarter of its sets.
+static constexpr int64_t kDeep = 96;
 
 // dw (or its epilogue), a share of the input rows of the packed weight
 static void backward_weight(const Call& c, const Outer* terms, int n_terms, float* dw, const float* base, const float* scale) {
     const int64_t in = c.sizes[0], out = c.sizes[1];
     const Share s = share(in, c);
-    const bool fused = base && c.last;
+    alignas(64) float together[kDeep * kPanel];
     for (int64_t panel = 0; panel * kPanel < out; ++panel) {
         const int64_t width = packed_width(panel, out);
         for (int64_t o = 0; o < width; o += kCols * VL) {
-            const int64_t at = panel * kPanel * in + s.begin * width + o, inputs = s.end - s.begin;
-            Outer here[2];
-            for (int t = 0; t < n_terms; ++t)
-                here[t] = {terms[t].x + s.begin, terms[t].ldx, terms[t].d + panel * kPanel + o, terms[t].ldd};
-            const Epilogue e = {c.first ? nullptr : dw + at, fused ? base + at : nullptr,
-                                fused ? c.numbers[0] * (scale ? *scale : 1.f) : 1.f};
-            const int vectors = static_cast<int>((width - o < kCols * VL ? width - o : kCols * VL) / VL);
-            switch (vectors) {
-                case 1: outer_column<1>(inputs, here, n_terms, c.n, dw + at, width, e); break;
-                case 2: outer_column<2>(inputs, here, n_terms, c.n, dw + at, width, e); break;
-#if defined(__AVX512F__)
-                case 3: outer_column<3>(inputs, here, n_terms, c.n, dw + at, width, e); break;
-                default: outer_column<4>(inputs, here, n_terms, c.n, dw + at, width, e); break;
-#endif
-            }
+            const int64_t at = panel * kPanel * in + s.begin * width + o;
+            const int64_t cols = width - o < kCols * VL ? width - o : kCols * VL;
+            int64_t r = 0;
+            do {  // once even for no rows: the sum is zero then
+                const bool deep = n_terms == 1 && c.n >= kDeep / 2;
+                const int64_t rows = deep && c.n - r > kDeep ? kDeep : c.n - r;
+                const bool fused = base && c.last && r + rows == c.n;
+                Outer here[2];
+                for (int t = 0; t < n_terms; ++t)
+                    here[t] = {terms[t].x + r * terms[t].ldx + s.begin, terms[t].ldx,
+                               terms[t].d + r * terms[t].ldd + panel * kPanel + o, terms[t].ldd};
+                if (deep) {
+                    for (int64_t i = 0; i < rows; ++i)
+                        for (int64_t v = 0; v < cols; v += VL) store(together + i * cols + v, load(here[0].d + i * here[0].ldd + v));
+                    here[0].d = together, here[0].ldd = cols;
+                }
+                const bool sum = deep && (r > 0 || !c.first);
+                const Epilogue e = {c.first || deep ? nullptr : dw + at, sum ? dw + at : nullptr, fused ? base + at : nullptr,
+                                    fused ? c.numbers[0] * (scale ? *scale : 1.f) : 1.f};
+                outer_columns(cols, s.end - s.begin, here, n_terms, rows, dw + at, width, e);
+                r += rows;
+            } while (r < c.n);
         }
     }
 }
@@ -400,7 +437,7 @@ void factored_linear_bwd(const Call& c) {
     const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
     for (int64_t o = s.begin * kLane; o < s.end * kLane; o += kLane) {
         const Outer term = {c.f(0), c.stride(0), c.f(1) + o, c.stride(1)};
-        const Epilogue plain = {nullptr, nullptr, 1.f};
+        const Epilogue plain = {nullptr, nullptr, nullptr, 1.f};
         for (int64_t v = 0; v < kLane; v += VL) {
             const Outer here = {term.x, term.ldx, term.d + v, term.ldd};
             outer_column<1>(ns, &here, 1, n, c.f(2) + o + v, ldd, plain);

@@ -1,0 +1,91 @@
+"""python -m fastmaml: what was built, what is active, which backends are there and why the others are not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Sequence
+
+import torch
+
+import fastmaml
+from fastmaml import machine
+from fastmaml.executors import BACKENDS, NOT_YET
+from fastmaml.executors import cpu as cpu_executor
+
+VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # and every FASTMAML_*
+RUNS = {
+    "cpu": "native kernels, float32",
+    "torch": "any traced model, any dtype and device; not fast",
+    "autograd": "any nn.Module; not fast",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastmaml", description=__doc__.partition(": ")[2])
+    parser.add_argument("--version", action="version", version=f"fastmaml {fastmaml.__version__}")
+    parser.parse_args(arguments)
+    for name, text in report():
+        print(f"{name:<12} {text}")
+    return 0
+
+
+def report() -> list[tuple[str, str]]:
+    """Lines (what, how it stands)."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
+    lines = [("fastmaml", f"{fastmaml.__version__}, {versions}")]
+    native = cpu_executor._cpu
+    if native is None:
+        lines.append(("built", f"fastmaml._cpu was not ({cpu_executor.IMPORT_ERROR})"))
+        lines.append(("", "in a source tree: python setup.py build_ext --inplace, or pip install -e ."))
+    else:
+        openmp = "with OpenMP" if native.openmp else "without OpenMP: one thread"
+        lines.append(("built", f"fastmaml._cpu, {openmp}; tiers that run here: {', '.join(native.tiers())}"))
+    lines.append(("active", f"{_tier()}, {_threads()}"))
+    lines.append(("backends", "auto takes the first of these that can run the model"))
+    lines += [(f"  {name}", _backend(name)) for name in BACKENDS if name != "auto"]
+    set_here = [f"{name}={value}" for name, value in sorted(os.environ.items()) if _ours(name)]
+    lines.append(("variables", ", ".join(set_here) or "none is set (FASTMAML_ISA, OMP_NUM_THREADS, ...)"))
+    return [*lines, ("peak", _peak())]
+
+
+def _ours(name: str) -> bool:
+    return name.startswith("FASTMAML_") or name in VARIABLES
+
+
+def _tier() -> str:
+    if cpu_executor._cpu is None:
+        return "no native kernels"
+    try:
+        return f"tier {cpu_executor._cpu.active_tier()}"
+    except RuntimeError as error:  # FASTMAML_ISA names a tier that is not there
+        return f"no tier ({error})"
+
+
+def _threads() -> str:
+    n = torch.get_num_threads()
+    return f"{n} thread{'' if n == 1 else 's'} (torch.get_num_threads())"
+
+
+def _backend(name: str) -> str:
+    if name in NOT_YET:
+        return f"no: {NOT_YET[name]}"
+    if name == "cpu" and cpu_executor._cpu is None:
+        return f"no: fastmaml._cpu could not be imported: {cpu_executor.IMPORT_ERROR}"
+    if name == "cpu" and _tier().startswith("no"):
+        return f"no: {_tier()}"
+    return f"yes: {RUNS.get(name, 'available')}"
+
+
+def _peak() -> str:
+    memory = f"{machine.bandwidth():.1f} GB/s of memory (a large copy)"
+    try:
+        flops = machine.peak_gflops()
+    except RuntimeError:
+        flops = None
+    return memory if flops is None else f"{flops:.0f} GFLOP/s in float32 (multiply-adds in registers), {memory}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,141 @@
+"""From the user's model to something that runs: trace it, build its Plans, choose their executors, and keep them for the next call.
+
+Caches are keyed by everything a Plan depends on. When the model is edited, all of them are dropped and the model is looked at again.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from sys import _getframe
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmaml.executors import Executor, choose
+from fastmaml.executors.autograd import opaque_program
+from fastmaml.plan import Arrangement, build_plan
+from fastmaml.program import Loss, Program
+from fastmaml.rates import InnerRates
+from fastmaml.trace import TraceError, trace
+from fastmaml.watch import ModelView
+
+PLANS = 32  # kept per object; the oldest goes first
+PACKAGE, TORCH = (str(Path(file).parent) for file in (__file__, torch.__file__))
+
+
+class Spec(NamedTuple):
+    """What the Plans of one object may differ in, besides the shape of a sample. Numbers that change from call to call are not here."""
+
+    entry: str
+    steps: int
+    loss: Loss
+    batchnorm: str | None = None
+    query_from: int | None = None
+    first_order: bool = False
+    memory: str = "constant"
+    backend: str = "auto"
+    record: bool = False
+
+
+class Runner:
+    """A Plan on its executor, with what every call of it needs, looked up once.
+
+    leaves     the model's parameters that the Program reads, by name; ``buffers``: names of its buffers that it reads
+    gradients  (name of the result, name of the parameter or rate) of every gradient that the Plan computes
+    """
+
+    def __init__(self, view: ModelView, program: Program, executor: Executor) -> None:
+        self.view, self.program, self.executor, self.plan = view, program, executor, executor.plan
+        self.output = program.values[program.output].shape
+        self.leaves = {leaf.name: view.parameters[leaf.name] for leaf in program.leaves if leaf.name in view.parameters}
+        self.buffers = [leaf.name for leaf in program.leaves if leaf.name not in view.parameters]
+        self.gradients = [(name, name.removeprefix("grad.")) for name in self.plan.results if name.startswith("grad.")]
+
+    def leaf_values(self, given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """Of one call: the model's own, or ``given`` in their place."""
+        leaves = self.leaves if given is None else {name: given[name] for name in self.leaves}
+        if not self.buffers:
+            return leaves
+        return {**leaves, **{name: self.view.model.get_buffer(name) for name in self.buffers}}
+
+
+class Engine:
+    """Programs, Plans and executors of ``owner["model"]`` (the table of submodules of a MAML object, whose model may be replaced)."""
+
+    def __init__(self, owner: Mapping[str, nn.Module | None], adapt: str | list[str], rates: InnerRates) -> None:
+        self.owner, self.adapt, self.rates = owner, adapt, rates
+        self._lock = threading.RLock()
+        self._view: ModelView | None = None
+        self._programs: dict[Any, Program] = {}
+        self._runners: dict[Any, Runner] = {}
+        self._warned: set[str] = set()
+        self.ran: str | None = None  # name of the executor that ran last
+
+    def view(self) -> ModelView:
+        """The model as it is now."""
+        view = self._view
+        if view is not None and self.owner["model"] is view.model and view.holds():
+            return view
+        with self._lock:
+            view = ModelView(self.owner["model"], self.adapt)
+            self.rates.bind({name: view.parameters[name] for name in view.adapted})
+            self._programs, self._runners, self._view = {}, {}, view
+            return view
+
+    def runner(self, view: ModelView, sample: Tensor, spec: Spec) -> Runner:
+        """For samples like the rows of ``sample``."""
+        key = (sample.shape[1:], spec)
+        found = self._runners.get(key)
+        if found is not None and found.view is view:
+            return found
+        with self._lock:
+            program = self.program(view, sample, spec)
+            rates, query_from = self.rates.rates, spec.query_from
+            a = Arrangement(spec.steps, spec.loss, rates, spec.first_order, spec.entry, query_from, spec.memory, spec.record)
+            plan = build_plan(_adapted_as_given(program) if spec.entry == "predict" else program, a)
+            runner = Runner(view, program, choose(spec.backend, plan, view.like.dtype, view.like.device))
+            self._runners[key] = runner
+            while len(self._runners) > PLANS:
+                del self._runners[next(iter(self._runners))]
+            return runner
+
+    def program(self, view: ModelView, sample: Tensor, spec: Spec) -> Program:
+        """The model as a Program; one opaque op where it cannot be traced."""
+        key = (view, sample.shape[1:], spec.batchnorm, spec.backend)
+        if key not in self._programs:
+            self._programs[key] = self._trace(view, sample, spec).with_roles(view.role)
+        return self._programs[key]
+
+    def _trace(self, view: ModelView, sample: Tensor, spec: Spec) -> Program:
+        if spec.backend == "autograd":
+            return opaque_program(view.model, sample, spec.batchnorm)
+        try:
+            return trace(view.model, tuple(sample.shape[1:]), batchnorm=spec.batchnorm)
+        except TraceError as error:
+            if spec.backend != "auto":
+                raise
+            program = opaque_program(view.model, sample, spec.batchnorm)
+            message = f"{error} It runs on the autograd executor: exact, but not fast."
+            if message not in self._warned:
+                self._warned.add(message)
+                warn_user(message)
+            return program
+
+
+def _adapted_as_given(program: Program) -> Program:
+    """The adapted leaves hold one value per task, and nothing is trained."""
+    leaves = (replace(leaf, role="const", home="task" if leaf.role == "adapted" else "meta") for leaf in program.leaves)
+    return replace(program, leaves=tuple(leaves))
+
+
+def warn_user(message: str) -> None:
+    """A warning that points at the line that called into fastmaml, through however many frames of torch and fastmaml."""
+    level, frame = 1, _getframe(0)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((PACKAGE, TORCH)):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

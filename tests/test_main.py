@@ -1,0 +1,76 @@
+"""python -m fastmaml: says what is there, and why the rest is not; always exits with 0."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import fastmaml
+from fastmaml import __main__ as command
+from fastmaml import machine
+from fastmaml.executors import BACKENDS, NOT_YET
+from fastmaml.executors import cpu as cpu_executor
+
+
+@pytest.fixture(autouse=True)
+def peaks(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "bandwidth", lambda: 12.5)
+    monkeypatch.setattr(machine, "peak_gflops", lambda threads=None: 123.0)
+
+
+def report(capsys) -> dict[str, str]:
+    assert command.main([]) == 0
+    out = capsys.readouterr().out.splitlines()
+    return {row[:12].strip(): row[13:] for row in out}
+
+
+def test_report(capsys) -> None:
+    rows = report(capsys)
+    assert rows["fastmaml"].startswith(fastmaml.__version__) and "torch" in rows["fastmaml"]
+    assert set(BACKENDS) - {"auto"} <= set(rows)
+    for name, reason in NOT_YET.items():
+        assert rows[name] == f"no: {reason}"
+    assert rows["torch"].startswith("yes") and rows["autograd"].startswith("yes")
+    assert "123 GFLOP/s" in rows["peak"] and "12.5 GB/s" in rows["peak"]
+    if cpu_executor._cpu is not None:
+        assert "OpenMP" in rows["built"] and cpu_executor._cpu.tiers()[-1] in rows["built"]
+        assert cpu_executor._cpu.active_tier() in rows["active"] and rows["cpu"].startswith("yes")
+
+
+def test_without_the_native_half(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cpu_executor, "_cpu", None)
+    monkeypatch.setattr(cpu_executor, "IMPORT_ERROR", "no such file")
+    monkeypatch.setattr(machine, "peak_gflops", lambda threads=None: None)
+    rows = report(capsys)
+    assert "was not (no such file)" in rows["built"] and rows["cpu"].startswith("no:")
+    assert "GFLOP/s" not in rows["peak"]
+
+
+def test_variables_that_are_set(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FASTMAML_SOMETHING", "7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert "FASTMAML_SOMETHING=7, OMP_NUM_THREADS=2" in report(capsys)["variables"]
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("--help", 0), ("--wrong", 2)])
+def test_arguments(argument: str, code: int, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main([argument])
+    assert stop.value.code == code
+    out = capsys.readouterr()
+    assert "python -m fastmaml" in out.out + out.err or out.out == f"fastmaml {fastmaml.__version__}\n"
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "fastmaml", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"fastmaml {fastmaml.__version__}\n"
+
+
+@pytest.mark.skipif(cpu_executor._cpu is None, reason="fastmaml._cpu is not built")
+def test_a_tier_that_is_not_there_is_named(monkeypatch) -> None:
+    monkeypatch.setenv("FASTMAML_ISA", "imaginary")  # read when the native half is first used: in a new process
+    program = "from fastmaml import __main__ as c; print(c._tier(), c._backend('cpu'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "no tier (FASTMAML_ISA=imaginary" in done.stdout and "no: no tier" in done.stdout
