@@ -6,8 +6,9 @@ TESTS  ?= tests
 
 BIN    := $(VENV)/bin
 CPP     = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# Passive: the threads of two workers that share the cores must not spin.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -q
+# The threads of two programs that share the cores must not spin: beside other load that costs a multiple.
+PASSIVE := OMP_WAIT_POLICY=passive
+PYTEST := $(PASSIVE) $(BIN)/pytest -q
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -15,7 +16,7 @@ help: ## this list
 install: $(VENV)/native ## .venv with torch, the native half built, fastmaml installed editable
 
 demo: install ## train, adapt, draw: three minutes
-	$(BIN)/python examples/demo.py
+	$(PASSIVE) $(BIN)/python examples/demo.py
 
 test: install ## every test, or those in TESTS=
 	$(PYTEST) -n 2 $(TESTS)

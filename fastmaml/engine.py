@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmaml.batch import TaskBatch
 from fastmaml.executors import Executor, choose
 from fastmaml.executors.autograd import opaque_program
 from fastmaml.plan import Arrangement, build_plan
@@ -40,6 +41,11 @@ class Spec(NamedTuple):
     memory: str = "constant"
     backend: str = "auto"
     record: bool = False
+    support_rows: int | None = None
+
+    def fitting(self, batch: TaskBatch) -> Spec:
+        """For tasks of this size, rounded up to a power of two: a layer with more inputs than support rows is factored (plan/rewrite.py)."""
+        return self._replace(support_rows=1 << (max(batch.support_sizes) - 1).bit_length())
 
 
 class Runner:
@@ -96,7 +102,7 @@ class Engine:
         with self._lock:
             program = self.program(view, sample, spec)
             rates, query_from = self.rates.rates, spec.query_from
-            a = Arrangement(spec.steps, spec.loss, rates, spec.first_order, spec.entry, query_from, spec.memory, spec.record)
+            a = Arrangement(spec.steps, spec.loss, rates, spec.first_order, spec.entry, query_from, spec.memory, spec.record, spec.support_rows)
             plan = build_plan(_adapted_as_given(program) if spec.entry == "predict" else program, a)
             runner = Runner(view, program, choose(spec.backend, plan, view.like.dtype, view.like.device))
             self._runners[key] = runner

@@ -219,7 +219,9 @@ class MAML(nn.Module):
 
     def plan(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> Any:
         """The Plan that a call with these tasks runs."""
-        return self._engine.runner(self._engine.view(), TaskBatch.of(tasks).support_x, self._spec(entry, inner_steps, batchnorm)[0]).plan
+        batch = TaskBatch.of(tasks)
+        spec = self._spec(entry, inner_steps, batchnorm)[0].fitting(batch)
+        return self._engine.runner(self._engine.view(), batch.support_x, spec).plan
 
     def explain(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> str:
         """The Plan in words: segments and groups, FLOPs, bytes and homes, memory, and the floor time of this machine."""
@@ -256,6 +258,7 @@ class MAML(nn.Module):
         """``given``: tensors in the parameters' place. ``sinks``: add to ``.grad`` where the executor can. ``record``, ``replay``: see Call."""
         batch = TaskBatch.of(tasks)
         spec, step_weights = self._spec(entry, inner_steps, batchnorm, record)
+        spec = spec.fitting(batch)
         weights = None if task_weights is None else options.check_task_weights(task_weights, len(batch))
         view = self._engine.view()
         options.check_inputs(batch, view.like)

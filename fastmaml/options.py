@@ -85,6 +85,11 @@ def check_model(model: object) -> nn.Module:
     parameters = list(model.parameters())
     if not parameters:
         raise ValueError("model has no parameters: nothing to adapt or to learn")
+    taken = [name for name, _ in model.named_parameters() if name == "inner_lr" or name.startswith("inner_lr.")]
+    if taken:
+        raise ValueError(f"the model has a parameter {taken[0]!r}, a name that fastmaml uses for the inner rates: rename it")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
+        raise ValueError("the model has lazy parameters without a shape: run it once on a batch before MAML(model)")
     kinds = {(p.dtype, p.device) for p in parameters}
     if len(kinds) > 1:
         listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))

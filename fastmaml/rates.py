@@ -117,7 +117,7 @@ def _tensor(value: object, where: str, learn: bool) -> Tensor:
     if isinstance(value, Tensor) and value.requires_grad and not learn:
         raise ValueError(f"{shown} that requires grad: pass learn_inner_lr=True to learn the rates, or value.detach() not to")
     try:
-        out = torch.as_tensor(value).detach().to(torch.float64, copy=True)
+        out = torch.as_tensor(value, dtype=torch.float64).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{shown}: {HELP}") from error
     if not bool(torch.isfinite(out).all()):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import chain
+from operator import attrgetter
 
-from torch import Size, Tensor, nn
-from torch import device as Device
-from torch import dtype as DType
+from torch import Tensor, nn
 
 from fastmaml import options
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+training = attrgetter("training")
+kind = attrgetter("requires_grad", "dtype", "device", "shape")
 
 
 class ModelView:
-    """``model`` as it was when it was looked at; ``holds()`` is asked at every call and must cost microseconds.
+    """``model`` as it was when it was looked at. ``holds()`` is asked at every call: its loops are in C.
 
     parameters   by name, a tied one once, under its first name
     adapted      names of the parameters that the inner loop changes
@@ -28,31 +29,22 @@ class ModelView:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.adapted = options.adapted_names(model, adapt)
         self.like: Tensor = next(iter(self.parameters.values()))
-        modules = list(model.modules())
-        # the entries of dicts and their numbers: a plain dict lookup is five times faster than nn.Module.__getattr__
-        self._entries: list[tuple[dict[str, Any], str, Any]] = [(vars(m), "training", vars(m).get("training")) for m in modules]
-        self._sizes: list[tuple[dict[Any, Any], int]] = []
-        for m in modules:
-            for table in (m._modules, m._parameters):
-                self._entries += [(table, key, value) for key, value in table.items()]
-            tables = (m._modules, m._parameters, m._buffers, *(getattr(m, hooks) for hooks in HOOKS))
-            self._sizes += [(table, len(table)) for table in tables]
-        self._kinds: list[tuple[Tensor, bool, DType, Device, Size]] = [
-            (p, p.requires_grad, p.dtype, p.device, p.shape) for p in self.parameters.values()
-        ]
+        self._modules, self._own = list(model.modules()), list(self.parameters.values())
+        names = ("_modules", "_parameters", *HOOKS)
+        self._members = [getattr(m, name).values() for m in self._modules for name in names]  # views: they show what is there now
+        self._buffers = [m._buffers for m in self._modules]  # may be replaced: read anew at each call
+        self._kept_alive = list(chain.from_iterable(self._members))  # no id below can come to mean another object
+        self._ids, self._state = self._identities(), self._values()
+
+    def _identities(self) -> list[int]:
+        return list(map(id, chain.from_iterable(self._members)))
+
+    def _values(self) -> tuple[list, list, list]:
+        return list(map(training, self._modules)), list(map(kind, self._own)), list(map(len, self._buffers))
 
     def holds(self) -> bool:
         """Whether a trace made of this view is still one of the model."""
-        for table, key, value in self._entries:
-            if table.get(key) is not value:
-                return False
-        for table, size in self._sizes:
-            if len(table) != size:
-                return False
-        for p, requires_grad, dtype, device, shape in self._kinds:
-            if p.requires_grad is not requires_grad or p.dtype is not dtype or p.device != device or p.shape != shape:
-                return False
-        return True
+        return self._identities() == self._ids and self._values() == self._state
 
     def role(self, name: str) -> str:
         """Of the leaf of a Program."""

@@ -84,7 +84,7 @@ class Case:
         return Call(self.batch, *numbers, **options)
 
     def truth(self, dtype: torch.dtype = torch.float64, outer=None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(losses [tasks], gradients) by torch.autograd; a leaf of a task's own gets that of its task's loss, [tasks, ...]."""
+        """(losses [tasks], gradients) by torch.autograd; for a leaf of each task that of its loss, [tasks, ...]."""
         own = {leaf.name for leaf in self.program.leaves if leaf.home == "task"}
         call, count = self.call(dtype), len(self.batch)
         weights = (

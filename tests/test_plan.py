@@ -53,7 +53,7 @@ def kernels(plan: Plan, segment: str) -> dict[str, int]:
 
 
 def check_data_flow(plan: Plan) -> None:
-    """Unrolls the schedule and follows every array from its writing to its reading: the planner's own liveness is not asked."""
+    """Unrolls the schedule and follows every array from writing to reading; the planner's own liveness is not asked."""
 
     def key(ref, step: int) -> tuple[str, int]:
         buffer = plan.buffers[ref.buffer]

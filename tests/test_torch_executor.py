@@ -1,4 +1,4 @@
-"""The torch executor, which every other executor is held against, in float64 against torch.autograd with create_graph."""
+"""The torch executor, by which the others are judged, in float64 against torch.autograd with create_graph."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_reference_nets(name: str, steps: int, first_order: bool) -> None:
 
 
 def small_program(kind: str, statistics: str = "batch", outer: str = "norm") -> Program:
-    """Two layers with batch normalisation; leaves are body.*, norm.*, head.*. ``outer``: the layer that is not adapted."""
+    """Two layers with batch normalisation: body.*, norm.*, head.*. ``outer``: the layer that is not adapted."""
     b = ProgramBuilder((2, 6, 6) if kind == "conv" else (16,))
 
     def leaf(name: str, *shape: int) -> int:

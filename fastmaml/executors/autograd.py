@@ -6,7 +6,7 @@
     module_jvp       g = J^T dz with create_graph, then its double backward in direction u: the whole Hessian-vector product, loss included
     module_bwd_jvp   hands that product over
 
-So where the Plan has zt = J u and what the loss makes of it, there is nothing left to compute: zt stands for <g, u>, the loss's tangent, which is what a
+The graph of the last inner step is kept, as its Hessian-vector product follows at once. So where the Plan has zt = J u and what the loss makes of it, there is nothing left to compute: zt stands for <g, u>, the loss's tangent, which is what a
 learned rate reads. Double backward, not forward-mode AD: it exists for every module that the plain training loop already runs.
 
 Buffers (running statistics) are cloned, random numbers replayed, attention goes through its math kernel, tasks run one after another. A module holds its
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from fastmaml.plan.instructions import Instruction, Plan, Ref
 from fastmaml.program import Program, ProgramBuilder
 
 _turn = threading.RLock()
-QUERY_STATE, USED = ("module.query_state", 0), ("module.used", 0)  # kept with a task's buffers
+HALF, KEPT, QUERY_STATE, USED = (("module", i) for i in range(4))  # kept with a task's buffers
 
 
 class Opaque:
@@ -72,8 +72,10 @@ class Opaque:
             stack.enter_context(torch.no_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self.recurrent:  # the fused layers of oneDNN and cuDNN have none
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                for library in ("mkldnn", "cudnn"):  # torch.backends.*.flags would set TF32 as well
+                    switch = getattr(torch._C, f"_set_{library}_enabled")
+                    stack.callback(switch, getattr(torch._C, f"_get_{library}_enabled")())
+                    switch(False)
             yield
 
 
@@ -149,11 +151,13 @@ class Drawn:
 
 @dataclass
 class Graph:
-    """One forward of the module: the parameters it ran with (those that are asked for require grad) and its output."""
+    """One forward of the module: the parameters it ran with (those that are asked for require grad) and its output.
+
+    ``gradients``: by number of the parameter, differentiable; of the last inner step alone."""
 
     parameters: list[Tensor]
     y: Tensor
-    product: list[Tensor | None] | None = None
+    gradients: dict[int, Tensor | None] | None = None
 
 
 class AutogradExecutor(TorchExecutor):
@@ -163,8 +167,13 @@ class AutogradExecutor(TorchExecutor):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
+        own = ("module_fwd", "module_replay", "module_bwd", "module_jvp", "module_bwd_jvp")
+        self.run_by = {name: getattr(self, f"_{name}") for name in own}
+        for loss in ("cross_entropy", "mse"):
+            self.run_by |= {f"{loss}_bwd": self._loss_bwd, f"{loss}_jvp": self._loss_jvp, f"{loss}_bwd_jvp": self._loss_jvp}
         self.wanted: dict[str, set[int]] = {}  # by graph: which parameters some gradient of it is asked for
         self.tangent = False  # whether the loss's tangent is read
+        second: set[int] = set()
         for _, instr in plan.instructions():
             if instr.kernel in ("module_fwd", "module_replay"):
                 self.function: Opaque = instr.attrs["function"]
@@ -172,8 +181,10 @@ class AutogradExecutor(TorchExecutor):
                 refs = [*instr.inputs[2:], *instr.outputs[1:]] if instr.kernel == "module_jvp" else instr.outputs
                 wanted = {i % len(instr.attrs["leaves"]) for i, ref in enumerate(refs) if ref is not None}
                 self.wanted.setdefault(instr.inputs[0].buffer, set()).update(wanted)
+                second |= wanted if instr.kernel == "module_jvp" else set()
             elif instr.kernel in ("cross_entropy_jvp", "mse_jvp"):
                 self.tangent = True
+        self.second = second
 
     def forward(self, call: Call) -> Results:
         with self.function.running():
@@ -197,7 +208,7 @@ class AutogradExecutor(TorchExecutor):
 
     def _half(self, call: Call, meta: dict[Key, Any], tasks: list[Task], half: int) -> Results:
         for task in tasks:
-            task.half = half  # type: ignore[attr-defined]
+            task.env[HALF] = half
         results = super()._half(call, meta, tasks, half)
         used = set().union(*(task.env.get(USED, ()) for task in tasks))
         for name in [n for n in results.values if isinstance(n, str) and n.startswith("grad.")]:
@@ -207,84 +218,98 @@ class AutogradExecutor(TorchExecutor):
         return results
 
     def _run(self, task: Task, instr: Instruction, step: int, replay: Mapping[Key, list[Tensor]]) -> None:
-        run = getattr(self, f"_{instr.kernel}", None)
+        run = self.run_by.get(instr.kernel)
         if run is None:
             return super()._run(task, instr, step, replay)
         inputs = [None if ref is None else task.env[self._key(ref, step)] for ref in instr.inputs]
-        for ref, value in zip(instr.outputs, run(task, instr, *inputs), strict=False):
+        for ref, value in zip(instr.outputs, run(task, instr, step, *inputs), strict=False):
             if ref is not None:
                 task.env[self._key(ref, step)] = value
 
-    # ------------------------------------------------------------------------------------------------------- the module
-    def _forward(self, instr: Instruction, x: Tensor, leaves: Sequence[Tensor]) -> Graph:
-        handle = instr.outputs[1]
-        wanted = self.wanted.get(handle.buffer, ()) if handle is not None else ()
+    # ------------------------------------------------------------------------------------------------------- forward
+    def _forward(self, wanted: Collection[int], x: Tensor, leaves: Sequence[Tensor]) -> Graph:
         parameters = [leaf.detach().requires_grad_() if i in wanted else leaf.detach() for i, leaf in enumerate(leaves)]
         with torch.set_grad_enabled(bool(wanted)):
             return Graph(parameters, self.function(parameters, x))
 
-    def _module_fwd(self, task: Task, instr: Instruction, x: Tensor, *leaves: Tensor) -> tuple[Tensor, Graph, Drawn]:
-        if task.half and QUERY_STATE in task.env:  # the reverse half computes the query rows again
-            graph = self._again(instr, x, leaves, task.env[QUERY_STATE])
-            return graph.y.detach(), graph, task.env[QUERY_STATE]
-        state = Drawn.now(x)
-        graph = self._forward(instr, x, leaves)
-        state.y = graph.y.detach()
-        if self.plan.entries == 2:
-            task.env[QUERY_STATE] = state  # of the last forward of the half
-        return state.y, graph, state
-
-    def _module_replay(self, task: Task, instr: Instruction, x: Tensor, *leaves_and_state: Any) -> tuple[Tensor, Graph]:
-        *leaves, state = leaves_and_state
-        graph = self._again(instr, x, leaves, state)
-        return graph.y, graph
-
-    def _again(self, instr: Instruction, x: Tensor, leaves: Sequence[Tensor], state: Drawn) -> Graph:
+    def _again(self, wanted: Collection[int], x: Tensor, leaves: Sequence[Tensor], state: Drawn) -> Graph:
         present = Drawn.now(x)
         state.set(x)
         try:
-            graph = self._forward(instr, x, leaves)
+            graph = self._forward(wanted, x, leaves)
         finally:
             present.set(x)
         state.check(graph.y.detach())
         return graph
 
-    def _vjp(self, task: Task, instr: Instruction, ys: Sequence[Tensor], parameters: Sequence[Tensor], refs: Sequence[Ref | None], dys: Any) -> list:
-        """Gradients of the parameters that ``refs`` ask for: zeros where nothing reads a parameter."""
-        asked = [i for i, ref in enumerate(refs) if ref is not None]
-        ys, dys = zip(*pairs, strict=True) if (pairs := [(y, d) for y, d in zip(ys, dys, strict=True) if y.requires_grad]) else ((), ())
-        found = torch.autograd.grad(ys, [parameters[i] for i in asked], dys, allow_unused=True) if ys else [None] * len(asked)
-        used, out = task.env.setdefault(USED, set()), [None] * len(refs)
-        for i, g in zip(asked, found, strict=True):
-            out[i] = torch.zeros_like(parameters[i]) if g is None else g
-            if g is not None:
-                used.add(instr.attrs["leaves"][i])
+    def _module_fwd(self, task: Task, instr: Instruction, step: int, x: Tensor, *leaves: Tensor) -> tuple[Tensor, Graph, Drawn]:
+        handle, inner = instr.outputs[1], instr.outputs[2] is not None
+        wanted = self.wanted.get(handle.buffer, set()) if handle is not None else set()
+        if task.env[HALF] == 1:  # the reverse half computes the query rows again
+            state = task.env[QUERY_STATE]
+            graph = self._again(wanted, x, leaves, state)
+            return graph.y.detach(), graph, state
+        keep = inner and step == self.plan.steps - 1 and self.plan.entries == 1
+        state = Drawn.now(x)
+        graph = self._forward(wanted | self.second if keep else wanted, x, leaves)
+        state.y = graph.y.detach()
+        if keep:
+            task.env[KEPT], graph.gradients = graph, {}
+            return graph.y, graph, state
+        if self.plan.entries == 2:
+            task.env[QUERY_STATE] = state  # of the last forward of the half
+        return state.y, graph, state
+
+    def _module_replay(self, task: Task, instr: Instruction, step: int, x: Tensor, *leaves_and_state: Any) -> tuple[Tensor, Graph]:
+        *leaves, state = leaves_and_state
+        graph = task.env.pop(KEPT, None) or self._again(self.wanted[instr.outputs[1].buffer], x, leaves, state)
+        return graph.y, graph
+
+    # ------------------------------------------------------------------------------------------------------- backward
+    def _grad(self, task: Task, instr: Instruction, ys: Sequence[Tensor | None], dys: Sequence[Tensor], graph: Graph, asked: Sequence[int], **options: Any):
+        """By number of the parameter: the gradient of the parameters ``asked`` for, None where nothing reads one."""
+        pairs = [(y, d) for y, d in zip(ys, dys, strict=True) if y is not None and y.requires_grad]
+        if not pairs or not asked:
+            return dict.fromkeys(asked)
+        ys, dys = zip(*pairs, strict=True)
+        found = torch.autograd.grad(ys, [graph.parameters[i] for i in asked], dys, allow_unused=True, **options)
+        out = dict(zip(asked, found, strict=True))
+        task.env.setdefault(USED, set()).update(instr.attrs["leaves"][i] for i, g in out.items() if g is not None)
         return out
 
-    def _module_bwd(self, task: Task, instr: Instruction, graph: Graph, dy: Tensor) -> list[Tensor | None]:
-        return self._vjp(task, instr, [graph.y], graph.parameters, instr.outputs, [dy])
+    @staticmethod
+    def _filled(graph: Graph, found: Mapping[int, Tensor | None], refs: Sequence[Ref | None]) -> list[Tensor | None]:
+        """In the order of the operands, zeros where nothing reads a parameter."""
+        zeros = torch.zeros_like
+        return [None if ref is None else zeros(graph.parameters[i]) if found[i] is None else found[i] for i, ref in enumerate(refs)]
 
-    def _module_jvp(self, task: Task, instr: Instruction, graph: Graph, dy: Tensor, *dots: Tensor | None) -> tuple:
-        moved = [(p, u) for p, u in zip(graph.parameters, dots, strict=True) if u is not None]
-        grads: Sequence[Tensor | None] = [None] * len(moved)
-        if graph.y.requires_grad:
-            grads = torch.autograd.grad(graph.y, [p for p, _ in moved], dy, create_graph=True, allow_unused=True)
-        pairs = [(g, u) for g, (_, u) in zip(grads, moved, strict=True) if g is not None]
-        tangent = sum(torch.sum(g.detach() * u) for g, u in pairs) if self.tangent else None
-        product = self._vjp(task, instr, [g for g, _ in pairs], graph.parameters, instr.outputs[1:], [u for _, u in pairs])
-        return tangent, *product
+    def _module_bwd(self, task: Task, instr: Instruction, step: int, graph: Graph, dy: Tensor) -> list[Tensor | None]:
+        asked = [i for i, ref in enumerate(instr.outputs) if ref is not None]
+        if graph.gradients is None:
+            return self._filled(graph, self._grad(task, instr, [graph.y], [dy], graph, asked), instr.outputs)
+        graph.gradients = self._grad(task, instr, [graph.y], [dy], graph, asked, create_graph=True)
+        detached = {i: None if g is None else g.detach() for i, g in graph.gradients.items()}
+        return self._filled(graph, detached, instr.outputs)
 
-    def _module_bwd_jvp(self, task: Task, instr: Instruction, graph: Graph, dyt: None, *product: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _module_jvp(self, task: Task, instr: Instruction, step: int, graph: Graph, dy: Tensor, *dots: Tensor | None) -> tuple:
+        moved = {i: u for i, u in enumerate(dots) if u is not None}
+        if graph.gradients is None:
+            graph.gradients = self._grad(task, instr, [graph.y], [dy], graph, list(moved), create_graph=True)
+        gradients = [graph.gradients[i] for i in moved]
+        tangent = None
+        if self.tangent:
+            tangent = sum((torch.sum(g.detach() * u) for g, u in zip(gradients, moved.values(), strict=True) if g is not None), dy.new_zeros(()))
+        asked = [i for i, ref in enumerate(instr.outputs[1:]) if ref is not None]
+        product = self._grad(task, instr, gradients, list(moved.values()), graph, asked)
+        return tangent, *self._filled(graph, product, instr.outputs[1:])
+
+    def _module_bwd_jvp(self, task: Task, instr: Instruction, step: int, graph: Graph, dyt: None, *product: Tensor | None) -> tuple[Tensor | None, ...]:
         return product
 
     # ------------------------------------------------------------------------------------------------------- the loss around it
-    def _loss_bwd(self, task: Task, instr: Instruction, *inputs: Any) -> tuple[Tensor]:
+    def _loss_bwd(self, task: Task, instr: Instruction, step: int, *inputs: Any) -> tuple[Tensor]:
         with torch.enable_grad():  # a graph where the module's output has one
             return (KERNELS[instr.kernel](task, instr.attrs, *inputs),)
 
-    _cross_entropy_bwd = _mse_bwd = _loss_bwd
-
-    def _loss_jvp(self, task: Task, instr: Instruction, y: Tensor, target: Tensor, weight: Tensor | None, tangent: Any) -> tuple:
+    def _loss_jvp(self, task: Task, instr: Instruction, step: int, y: Tensor, target: Tensor, weight: Tensor | None, tangent: Any) -> tuple:
         return (tangent,)
-
-    _cross_entropy_jvp = _mse_jvp = _cross_entropy_bwd_jvp = _mse_bwd_jvp = _loss_jvp

@@ -287,7 +287,7 @@ class Lowering:
             if buffer.rows or buffer.name in self.plan.inputs or buffer.shape == ():
                 return 4 * buffer.numel
         if buffer.columns:
-            return 4 * pad(self.capacity[buffer.columns])
+            return 8 * pad(self.capacity[buffer.columns], 8)  # kept in double
         return pad(buffer.numel) * (1 if buffer.kind == "mask" else 4) if buffer.name not in self.packed else 4 * self._floats(buffer)
 
     def _floats(self, buffer: Buffer) -> int:

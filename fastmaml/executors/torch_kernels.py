@@ -77,14 +77,14 @@ def linear_bwd_weight_jvp(task, attrs: Attrs, x, dy, xt, dyt):  # dwt = dyt^T x 
 
 
 @kernel("gram_fwd")
-def gram_fwd(task, attrs: Attrs, x, xs):  # G = x xs^T
-    return x @ xs.T
+def gram_fwd(task, attrs: Attrs, x, xs):  # G = x xs^T, in double: it is large where images share a mean, and D mostly cancels it
+    return x.flatten(1).double() @ xs.flatten(1).double().T
 
 
 @kernel("factored_linear_fwd")
 def factored_linear_fwd(task, attrs: Attrs, base, gram, state, b):  # y = A + G D + b
-    y = base + gram @ state
-    return y if b is None else y + b
+    y = base + gram @ state.double()
+    return (y if b is None else y + b).to(base.dtype)
 
 
 @kernel("factored_linear_jvp")
@@ -94,7 +94,7 @@ def factored_linear_jvp(task, attrs: Attrs, direction, bt):
 
 @kernel("factored_linear_bwd", "factored_linear_bwd_jvp")
 def factored_linear_bwd(task, attrs: Attrs, gram, dy):  # D_bar = G^T dy
-    return gram.T @ dy
+    return (gram.T @ dy.double()).to(dy.dtype)
 
 
 @kernel("row_sum_bwd", "row_sum_bwd_jvp")

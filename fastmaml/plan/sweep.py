@@ -217,13 +217,7 @@ class _Sweep:
     def _prefix_pass(self, extent: str) -> Pass:
         """The layers that no adapted leaf reaches, over one extent. Linear maps of the samples run for all tasks together."""
         p = self._pass(f"prologue.{extent}", self.ops["task"], extent)
-        gram = next((op for op in self.ops["task"] if op.name == "gram"), None)
-        if gram is not None:
-            first = self.prefix.get("support", p)  # the support pass comes first
-            data = gram.inputs[0]
-            p.support_data = first.value[data] if data in first.value else Ref("x.support")
-            if first is p and data != self.program.input:
-                p.support_data = Ref("x.support")
+        p.support_data = Ref("x.support")  # a factored layer reads the samples themselves, in whatever shape
         forward(p)
         self.together.setdefault(extent, {f"x.{extent}"} if extent != "joint" else set())
         for instr in self._take(p):

@@ -373,54 +373,61 @@ static int64_t rows_of_extent(const Call& c, int64_t extent) {  // as enum class
     return extent == 1 ? c.task->n_support : extent == 2 ? c.task->n_query : c.task->n_support + c.task->n_query;
 }
 
+// The Gram matrix is large where images share a mean, and D mostly cancels it: it is made, kept and multiplied in double. It is small.
+typedef double dvec __attribute__((vector_size(4 * VL)));
+typedef float hvec __attribute__((vector_size(2 * VL)));
+typedef float uhvec __attribute__((vector_size(2 * VL), aligned(4), may_alias));
+static constexpr int DL = VL / 2;
+static inline dvec load_double(const float* p) { return __builtin_convertvector(hvec(*reinterpret_cast<const uhvec*>(p)), dvec); }
+static inline void store_float(float* p, dvec v) { *reinterpret_cast<uhvec*>(p) = __builtin_convertvector(v, hvec); }
+
 template <int R>
-static inline void dots(const float* x, const float* const* xs, int64_t in, float* out) {
-    vec acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = vec{};
+static inline void dots(const float* x, const float* xs, int64_t lds, int64_t in, double* out) {
+    dvec acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = dvec{};
     int64_t i = 0;
-    for (; i + VL <= in; i += VL) {
-        const vec a = load(x + i);
-        for (int r = 0; r < R; ++r) acc[r] = fma(a, load(xs[r] + i), acc[r]);
+    for (; i + DL <= in; i += DL) {
+        const dvec a = load_double(x + i);
+        for (int r = 0; r < R; ++r) acc[r] += a * load_double(xs + r * lds + i);
     }
     for (int r = 0; r < R; ++r) {
-        float sum = 0.f;
-        for (int l = 0; l < VL; ++l) sum += acc[r][l];
-        for (int64_t j = i; j < in; ++j) sum += x[j] * xs[r][j];
+        double sum = 0;
+        for (int l = 0; l < DL; ++l) sum += acc[r][l];
+        for (int64_t j = i; j < in; ++j) sum += static_cast<double>(x[j]) * xs[r * lds + j];
         out[r] = sum;
     }
 }
 
+static double* gram_row(const Call& c, int operand, int64_t r) {
+    return reinterpret_cast<double*>(static_cast<char*>(c.operands[operand]) + r * c.row_stride[operand]);
+}
+
 void gram_fwd(const Call& c) {
-    const int64_t in = c.sizes[0], ns = c.task->n_support, ldx = c.stride(0), lds = c.stride(1), ldg = c.stride(2);
+    const int64_t in = c.sizes[0], ns = c.task->n_support, ldx = c.stride(0), lds = c.stride(1);
     const Share s = share(rows_of_extent(c, c.sizes[1]), c);
     for (int64_t r = s.begin; r < s.end; ++r) {
-        const float* x = c.f(0) + r * ldx;
-        float* g = c.f(2) + r * ldg;
+        const float *x = c.f(0) + r * ldx, *xs = c.f(1);
+        double* g = gram_row(c, 2, r);
         int64_t m = 0;
-        for (; m + 5 <= ns; m += 5) {
-            const float* xs[5];
-            for (int q = 0; q < 5; ++q) xs[q] = c.f(1) + (m + q) * lds;
-            dots<5>(x, xs, in, g + m);
-        }
-        for (; m < ns; ++m) {
-            const float* xs = c.f(1) + m * lds;
-            dots<1>(x, &xs, in, g + m);
-        }
-        for (; m < ldg; ++m) g[m] = 0.f;
+        for (; m + 5 <= ns; m += 5) dots<5>(x, xs + m * lds, lds, in, g + m);
+        for (; m < ns; ++m) dots<1>(x, xs + m * lds, lds, in, g + m);
     }
 }
 
 void factored_linear_fwd(const Call& c) {
-    const int64_t n = rows_of_extent(c, c.sizes[1]), ns = c.task->n_support, lda = c.stride(0), ldy = c.stride(4);
-    const float *a = c.f(0), *b = c.f(3);
-    float* y = c.f(4);
+    const int64_t n = rows_of_extent(c, c.sizes[1]), ns = c.task->n_support, ldd = c.stride(2);
     const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
-    const int64_t o = s.begin * kLane, cols = s.end * kLane - o;
-    if (b)
-        for (int64_t r = 0; r < n; ++r)
-            for (int64_t j = o; j < o + cols; j += VL) store(y + r * ldy + j, load(a + r * lda + j) + load(b + j));
-    const Pair pair = {c.f(1), c.stride(1), c.f(2) + o, c.stride(2)};
-    product(n, cols, &pair, 1, ns, y + o, ldy, (b ? y : a) + o, b ? ldy : lda);
+    for (int64_t r = 0; r < n; ++r) {
+        const float* a = c.f(0) + r * c.stride(0);
+        const double* g = gram_row(c, 1, r);
+        float* y = c.f(4) + r * c.stride(4);
+        for (int64_t o = s.begin * kLane; o < s.end * kLane; o += DL) {
+            dvec acc = load_double(a + o);
+            if (c.f(3)) acc += load_double(c.f(3) + o);
+            for (int64_t m = 0; m < ns; ++m) acc += g[m] * load_double(c.f(2) + m * ldd + o);
+            store_float(y + o, acc);
+        }
+    }
 }
 
 void factored_linear_jvp(const Call& c) {
@@ -433,16 +440,14 @@ void factored_linear_jvp(const Call& c) {
 }
 
 void factored_linear_bwd(const Call& c) {
-    const int64_t n = rows_of_extent(c, c.sizes[1]), ns = c.task->n_support, ldd = c.stride(2);
+    const int64_t n = rows_of_extent(c, c.sizes[1]), ns = c.task->n_support, ldy = c.stride(1), ldd = c.stride(2);
     const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
-    for (int64_t o = s.begin * kLane; o < s.end * kLane; o += kLane) {
-        const Outer term = {c.f(0), c.stride(0), c.f(1) + o, c.stride(1)};
-        const Epilogue plain = {nullptr, nullptr, nullptr, 1.f};
-        for (int64_t v = 0; v < kLane; v += VL) {
-            const Outer here = {term.x, term.ldx, term.d + v, term.ldd};
-            outer_column<1>(ns, &here, 1, n, c.f(2) + o + v, ldd, plain);
+    for (int64_t m = 0; m < ns; ++m)
+        for (int64_t o = s.begin * kLane; o < s.end * kLane; o += DL) {
+            dvec acc = dvec{};
+            for (int64_t r = 0; r < n; ++r) acc += gram_row(c, 0, r)[m] * load_double(c.f(1) + r * ldy + o);
+            store_float(c.f(2) + m * ldd + o, acc);
         }
-    }
 }
 
 }  // namespace FASTMAML_ISA

@@ -44,7 +44,7 @@ using Kernel = void (*)(const Call&);
     K(linear_bwd_weight_jvp) /* x, dy, xt?, dyt?, dwt?, dbt?, base?, scale?: dwt = dyt^T x + dy^T xt, dbt = sum dyt */ \
     K(row_sum_bwd)           /* dy, db:                            sum dy; sizes {0, out} */ \
     /* factored first layers (plan/rewrite.py): sizes {out, extent of the rows, as enum Rows}; whole extents, never blocks */ \
-    K(gram_fwd)              /* x, xs, g:                          x xs^T, zeros beyond the support rows; sizes {in, extent} */ \
+    K(gram_fwd)              /* x, xs, g:                          x xs^T, in double; sizes {in, extent} */ \
     K(factored_linear_fwd)   /* a, g, d, b?, y:                    y = a + g d + b */ \
     K(factored_linear_jvp)   /* d?, bt, yt:                        yt = d + bt, row by row */ \
     K(factored_linear_bwd)   /* g, dy, dd:                         dd = g^T dy */ \
