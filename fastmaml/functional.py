@@ -16,7 +16,7 @@ from fastmaml.maml import MAML
 from fastmaml.output import MetaOutput
 
 KEPT = 8
-PER_CALL = ("inner_steps", "inner_lr", "batchnorm", "task_weights")
+PER_CALL = {"inner_lr": 0.01, "batchnorm": None, "task_weights": None}  # and what they are when not given
 _kept: dict[Any, tuple[MAML, Any]] = {}
 _lock = threading.Lock()
 
@@ -43,12 +43,12 @@ def _prepared(model: nn.Module, options: dict[str, Any]) -> tuple[MAML, dict[str
     """A MAML object with these options, and the settings of its call."""
     if options.get("learn_inner_lr"):
         raise ValueError("learn_inner_lr=True needs an object that holds the rates: use fastmaml.MAML")
-    settings = {name: options.get(name) for name in PER_CALL}
+    settings = {name: options.get(name, value) for name, value in PER_CALL.items()}
     constant = tuple(sorted((name, _key(value)) for name, value in options.items() if name not in PER_CALL))
-    key = (id(model), _form(options.get("inner_lr")), constant)
+    key = (id(model), _form(settings["inner_lr"]), constant)
     with _lock:
         if key not in _kept:
-            made = MAML(model, **{name: value for name, value in options.items() if name != "task_weights"})
+            made = MAML(model, inner_lr=settings["inner_lr"], **{n: v for n, v in options.items() if n not in PER_CALL})
             _kept[key] = made, options  # what has its id in the key must stay alive
             while len(_kept) > KEPT:
                 del _kept[next(iter(_kept))]

@@ -155,8 +155,8 @@ std::vector<T*> pointers(const std::vector<int64_t>& addresses) {
     return out;
 }
 
-// One half for all tasks; false: something summed is not finite (run again with careful=True).
-bool execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, bool careful, int64_t support_rows,
+// One half for all tasks; false: not all that was summed is finite, so nothing was written: call again with the next attempt (0, 1, 2).
+bool execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, int attempt, int64_t support_rows,
              int64_t query_rows, int64_t ways, int64_t task_weights, double uniform_weight,
              const std::vector<int64_t>& task_buffers, const std::vector<int64_t>& inputs,
              const std::vector<int64_t>& outputs, bool add_to_outputs, bool strict, int64_t meta, int64_t work, int64_t finite) {
@@ -164,7 +164,8 @@ bool execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, b
     run.tasks = tasks;
     run.half = half;
     run.threads = threads;
-    run.careful = careful;
+    run.careful = attempt > 0;
+    run.exclude = attempt > 1;
     run.support_rows = pointer<const int64_t>(support_rows);
     run.query_rows = pointer<const int64_t>(query_rows);
     run.ways = pointer<const int64_t>(ways);

@@ -168,7 +168,7 @@ static void accumulate(const Worker& w, float* acc, bool& begun) {
     const Plan& plan = *w.plan;
     const double weight = w.run->task_weights ? w.run->task_weights[w.task.index] : w.run->uniform_weight;
     const float f = static_cast<float>(weight);
-    bool finite = losses_finite(w);
+    bool finite = (!w.run->exclude || w.run->finite[w.task.index]) && losses_finite(w);
     if (finite && w.run->careful)
         for (const Reduction& r : plan.reductions)
             finite = finite && all_finite(static_cast<float*>(address(r.source, w, 0, 0)), r.count);
@@ -241,7 +241,28 @@ struct Shared {
     std::vector<int64_t> current{};  // the chunk that each team works on
     std::vector<char> begun{};       // chunks that summed at least one task
     std::atomic<bool> finite{true};
+    std::atomic<bool> bad{false};
+    std::atomic<bool> again{false};  // a batch phase found tasks whose own share of a sum is not finite
 };
+
+// Which tasks' own share of a sum over all tasks is not finite: each is made alone, in the place of the sum.
+static void find_bad_tasks(Shared& s, const Instruction& in, const Worker& w, const int64_t* offsets, int me, int n) {
+    const int64_t floats = in.sizes[0] * pad_lane(in.sizes[1]), begin = floats * me / n, end = floats * (me + 1) / n;
+    for (int64_t t = 0; t < s.run.tasks; ++t) {
+        if (!s.run.finite[t]) continue;  // the same for all threads: changed behind a barrier alone
+        Call c = prepare_call(in, w, 0, offsets[t], offsets[t + 1] - offsets[t], offsets[s.run.tasks]);
+        c.first = c.last = true;
+        s.tier.table[in.kernel](c);
+        s.all->wait();
+        if (c.f(2) && !all_finite(c.f(2) + begin, end - begin)) s.bad.store(true);
+        s.all->wait();
+        if (me == 0 && s.bad.exchange(false)) {
+            s.run.finite[t] = false;
+            s.again.store(true);
+        }
+        s.all->wait();
+    }
+}
 
 // A batch phase: row kernels take a share of the rows of all tasks; sums take a share of their output, over the rows of all finite tasks.
 static void run_batch(Shared& s, const Phase& phase, int me, int n) {
@@ -255,6 +276,7 @@ static void run_batch(Shared& s, const Phase& phase, int me, int n) {
         for (const Instruction& in : group.instructions) {
             if (in.sums) {
                 w.part = me, w.parts = n;
+                if (s.run.careful && !s.run.exclude) find_bad_tasks(s, in, w, offsets, me, n);
                 bool first = true;
                 for (int64_t t = 0; t <= s.run.tasks; ++t) {
                     const int64_t begin = t;
@@ -355,13 +377,15 @@ static void run_thread(Shared& s, int me, int n) {
     reduce(s, me, n);
     s.all->wait();
     run_outside(s, true, me, n);
-    if (!s.finite.load() && !s.run.careful) return;  // the caller runs it again, task by task
+    if (s.again.load() || (!s.finite.load() && !s.run.careful)) return;  // the caller runs it again
     if (s.run.strict)
         for (int64_t t = 0; t < s.run.tasks; ++t)
             if (!s.run.finite[t]) return;
     for (size_t i = 0; i < s.plan.outputs.size(); ++i)
         if (s.run.outputs[i]) unpack(s.plan.outputs[i], s.run.outputs[i], s.run.add_to_outputs, s.run, me, n);
 }
+
+static bool written(const Shared& s) { return !s.again.load() && (s.finite.load() || s.run.careful); }
 
 bool execute(const Plan& plan, const Run& run, const Tier& tier) {
     (void)registered;
@@ -381,7 +405,7 @@ bool execute(const Plan& plan, const Run& run, const Tier& tier) {
     if (threads == 1) {
         prepare(1);
         run_thread(s, 0, 1);
-        return s.finite.load();
+        return written(s);
     }
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
@@ -391,7 +415,7 @@ bool execute(const Plan& plan, const Run& run, const Tier& tier) {
         run_thread(s, omp_get_thread_num(), omp_get_num_threads());
     }
 #endif
-    return s.finite.load();
+    return written(s);
 }
 
 }  // namespace fastmaml

@@ -9,6 +9,7 @@ struct Run {
     int64_t tasks = 0;
     int half = 0, threads = 1;
     bool careful = false;  // check every summed array of every task before it joins the sum
+    bool exclude = false;  // leave out the tasks that `finite` already names
     const int64_t* support_rows = nullptr;
     const int64_t* query_rows = nullptr;
     const int64_t* ways = nullptr;            // or null
@@ -32,7 +33,8 @@ struct Shape {
 Shape shape_of(int64_t tasks, int threads);
 int64_t work_bytes(const Plan& plan, int64_t tasks, int threads);
 
-// True if everything that was summed or packed out is finite.
+// True if the outputs are written. False: something summed is not finite, so run again with `careful`; careful and false: `finite` now names
+// tasks that only a sum over all tasks shows, so run again with `exclude` too.
 bool execute(const Plan& plan, const Run& run, const Tier& tier);
 
 }  // namespace fastmaml

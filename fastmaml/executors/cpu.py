@@ -169,11 +169,13 @@ class CpuExecutor:
         pointers.update({name: _aligned(tensor) for name, tensor in state.workspace.kept.items()})
         pointers["dlogits"] = joined.data_ptr()
         gradients, finite = self._gradients(prepared, call), state.finite.clone()
+        values = {name: self._result(name, prepared, call) for name in prepared.results if name.startswith("grad.")}  # of a task's own leaves
+        pointers.update({name: tensor.data_ptr() for name, tensor in values.items()})
         # the workspace was laid out for the forward half's threads; kept and packed arrays do not depend on them
         work = torch.empty(_cpu.work_bytes(prepared.native, len(call.batch), threads) + 64, dtype=torch.uint8)
         workspace = Workspace(state.workspace.meta, work, state.workspace.kept)
         self._execute(prepared, call, 1, threads, workspace, pointers, gradients, finite)
-        return Results(self._shaped(prepared, {}, gradients), finite, None, self.name)
+        return Results(self._shaped(prepared, values, gradients), finite, None, self.name)
 
     def _execute(self, prepared: Prepared, call: Call, half: int, threads: int, w: Workspace, pointers, gradients, finite) -> None:
         batch, weights = call.batch, call.task_weights
@@ -195,8 +197,9 @@ class CpuExecutor:
             _aligned(w.work),
             finite.data_ptr(),
         )
-        if not _cpu.execute(prepared.native, len(batch), half, threads, False, *arguments):
-            _cpu.execute(prepared.native, len(batch), half, threads, True, *arguments)
+        for attempt in range(3):  # see csrc/cpu/executor.h: only sums that are not finite need more than one
+            if _cpu.execute(prepared.native, len(batch), half, threads, attempt, *arguments):
+                break
 
     # ------------------------------------------------------------------------------------------------------- arrays
     def _result(self, name: str, prepared: Prepared, call: Call) -> Tensor:

@@ -90,33 +90,45 @@ class TorchExecutor:
         first = phases.index(task_phases[0]) if task_phases else len(phases)
         outer = Task(-1, {}, 0, meta)
         for phase in phases[:first]:
-            self._once(outer, tasks, phase, call)
+            if phase.scope == "meta":
+                self._phase(outer, phase, call)
+            for task in tasks:
+                task.env.update(meta)
+            if phase.scope == "batch":
+                self._each(tasks, phase, call)
         for task in tasks:
             task.env.update(meta)
             for phase in task_phases:
                 self._phase(task, phase, call)
+        after = phases[first:] if half == self.plan.entries - 1 else []
+        for phase in after:
+            if phase.scope == "batch":
+                self._each(tasks, phase, call)
         finite = torch.tensor([self._finite(task) for task in tasks])
         if half == self.plan.entries - 1:
             good = [task for task in tasks if finite[task.index]]
             self._reduce(call, meta, good)
-            for phase in phases[first:]:
-                if phase.scope != "task":
-                    self._once(outer, good, phase, call)
+            for phase in after:
+                if phase.scope == "batch":
+                    self._sum(call, outer, good, phase)
+                elif phase.scope == "meta":
+                    self._phase(outer, phase, call)
         return Results(self._collect(meta, tasks), finite, (call, meta, tasks), self.name)
 
-    def _once(self, outer: Task, tasks: list[Task], phase: Phase, call: Call) -> None:
-        """A phase of scope "meta", or "batch": for the rows of all tasks, where sums over rows are weighted sums over the tasks."""
-        if phase.scope == "meta":
-            return self._phase(outer, phase, call)
+    def _each(self, tasks: list[Task], phase: Phase, call: Call) -> None:
+        """A phase of scope "batch", task by task; sums over rows are each task's own share."""
         for task in tasks:
-            task.env.update(outer.env)
             self._phase(task, phase, call)
-        for name in phase.segments:
-            for instr in self.plan.segments[name].instructions:
-                for ref in instr.writes():
-                    if self.plan.buffers[ref.buffer].rows is None:
-                        zero = self._zeros(outer, self.plan.buffers[ref.buffer])
-                        outer.env[ref.buffer, 0] = sum((call.task_weight(t.index) * t.env[ref.buffer, 0] for t in tasks), zero)
+
+    def _sum(self, call: Call, outer: Task, tasks: list[Task], phase: Phase) -> None:
+        """The weighted sums over the tasks of what a "batch" phase sums over rows."""
+        for name in self._summed(phase):
+            zero = self._zeros(outer, self.plan.buffers[name])
+            outer.env[name, 0] = sum((call.task_weight(t.index) * t.env[name, 0] for t in tasks), zero)
+
+    def _summed(self, phase: Phase) -> list[str]:
+        writes = (ref.buffer for s in phase.segments for i in self.plan.segments[s].instructions for ref in i.writes())
+        return [name for name in writes if self.plan.buffers[name].rows is None]
 
     def _phase(self, task: Task, phase: Phase, call: Call) -> None:
         for step in phase.steps():
@@ -153,7 +165,7 @@ class TorchExecutor:
     # ------------------------------------------------------------------------------------------------------- results
     def _finite(self, task: Task) -> bool:
         names = [n for n in self.plan.results if n.startswith(("loss", "logits"))] + [r.source.buffer for r in self.plan.reductions]
-        names += [n for n, b in self.plan.buffers.items() if n.startswith("zeta_bar.") and b.home == "task"]
+        names += [n for phase in self.plan.schedule if phase.scope == "batch" for n in self._summed(phase)]
         keys = [(n, slot) for n in names for slot in range(max(self.plan.buffers[n].steps, 1))]
         return all(bool(torch.isfinite(task.env[key]).all()) for key in keys if key in task.env)
 

@@ -91,7 +91,7 @@ def _contraction(name: str) -> Rule:
         if dyt is not None or (dy is not None and wt is not None):
             p.add_bar(vx, lambda dx: p.emit(f"{name}_bwd_input_jvp", (dy, w, dyt, wt), (dx,), **attrs(p, op)), dot=True)
         if dyt is not None or (dy is not None and xt is not None):
-            _weight_and_bias(p, vw, vb if dyt is not None else None, f"{name}_bwd_weight_jvp", (x, dy, xt, dyt), True, attrs(p, op))
+            _weight_and_bias(p, vw, vb if dyt is not None else None, f"{name}_bwd_weight_jvp", (x, None if xt is None else dy, xt, dyt), True, attrs(p, op))
 
     return Rule(fwd, jvp, bwd, bwd_jvp)
 

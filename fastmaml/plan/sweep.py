@@ -430,17 +430,18 @@ class _Sweep:
         contributions: dict[int, list[Ref]] = {}
         differentiable = self._differentiable()
         for v, acc in self.accumulators.items():
-            if self.level[v] == "meta":
+            if self.level[v] == "meta" or v in self.leaf_of:  # or a task's own leaf
                 contributions.setdefault(v, []).append(acc)
         epilogue: list[Instruction] = []
         self.segments["epilogue_batch"] = []
         self.summed: dict[int, list[Ref]] = {}  # cotangents that are sums over tasks already
         for extent, p in self.prefix.items():
-            targets = [v for v in self._consumed(self.ops["task"], ("meta",)) if v in differentiable]
+            leaves = [v for v in self._consumed(self.ops["task"], ("task",)) if v in self.leaf_of]
+            targets = [v for v in (*self._consumed(self.ops["task"], ("meta",)), *leaves) if v in differentiable]
             p.want(targets)
             for v in self.zeta:
-                name = self._zeta_name(v, extent)
-                if self.level[v] == "task" and self.program.values[v].rows and name in self.buffers:
+                name, once = self._zeta_name(v, extent), self.program.values[v].rows or extent == self.outer_extent
+                if self.level[v] == "task" and v not in self.leaf_of and once and name in self.buffers:
                     p.bar[v] = Ref(name)
             backward(p)
             found = {p.bar[v]: v for v in targets if v in p.bar}

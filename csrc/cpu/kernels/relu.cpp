@@ -11,7 +11,7 @@ static inline void for_rows(const Call& c, F body) {  // body(row, column)
         for (int64_t j = s.begin * kLane; j < s.end * kLane; j += VL) body(i, j);
 }
 
-void relu_fwd(const Call& c) {  // x, y, mask?
+void relu_fwd(const Call& c) {  // x, y?, mask?
     const float *x = c.f(0), slope = c.numbers[0];
     float* y = c.f(1);
     uint8_t* mask = c.mask(2);
@@ -19,7 +19,7 @@ void relu_fwd(const Call& c) {  // x, y, mask?
     for_rows(c, [=](int64_t i, int64_t j) {
         const vec v = load(x + i * sx + j);
         // zero times -infinity is no number, so ReLU selects; asked this way round, a NaN passes
-        store(y + i * sy + j, slope == 0.f ? select(v <= vec{}, vec{}, v) : select(v > vec{}, v, v * splat(slope)));
+        if (y) store(y + i * sy + j, slope == 0.f ? select(v <= vec{}, vec{}, v) : select(v > vec{}, v, v * splat(slope)));
         if (mask) store_mask(mask + i * sm + j, v > vec{});
     });
 }

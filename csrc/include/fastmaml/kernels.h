@@ -59,7 +59,7 @@ using Kernel = void (*)(const Call&);
     K(batchnorm_bwd_stats_jvp) /* x, mean, rstd, dy?, xt?, meant?, rstdt?, dyt?, s1t?, s2t? */ \
     K(batchnorm_bwd_input_jvp) /* x, mean, rstd, gamma?, dy?, s1?, s2?, xt?, meant?, rstdt?, gammat?, dyt?, s1t?, s2t?, dxt */ \
     /* piecewise linear: numbers {slope}, sizes {c} */ \
-    K(relu_fwd)              /* x, y, mask?:                       mask = x > 0, y = x or slope x */ \
+    K(relu_fwd)              /* x, y?, mask?:                      mask = x > 0, y = x or slope x */ \
     K(relu_replay)           /* x, mask, y */ \
     K(relu_bwd)              /* mask, dy, dx: also the jvp and bwd_jvp */ \
     /* smooth activations f: sizes {c}, numbers {alpha or beta, threshold} */ \
