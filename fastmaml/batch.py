@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -29,6 +30,11 @@ ACCEPTED = (
     "a TaskBatch, a tuple (support_x, support_y, query_x, query_y) of tensors [tasks, n, ...], a list of such tuples"
     " with one task each, or a dict {'support': (x, y), 'query': (x, y)} ('train' and 'test' are accepted too)"
 )
+
+
+@lru_cache(maxsize=256)  # loaders yield batch after batch of the same sizes; nobody writes to offsets
+def _offsets_of(sizes: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -189,7 +195,7 @@ class TaskBatch:
     def _offsets(self, part: str, sizes: tuple[int, ...]) -> Tensor:
         offsets = self._cache.get(part)
         if offsets is None:
-            offsets = self._cache[part] = torch.tensor([0, *accumulate(sizes)], dtype=torch.int64)
+            offsets = self._cache[part] = _offsets_of(sizes)
         return offsets
 
     def task(self, t: int) -> TaskTensors:

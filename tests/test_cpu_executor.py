@@ -117,17 +117,11 @@ for executor in (t.TorchExecutor, t.CpuExecutor):
     results.append(executor.reverse(forward.state, [torch.ones(2, 2)] * 4).values["grad.w"])
 assert torch.allclose(*results, atol=1e-6), results
 """
-NO_MEMORY = "CpuExecutor.reverse gives the gradients of each task no memory: it writes to address 0"
-NO_OUTPUT = "relu_fwd is called for its mask alone, y is null: it writes to address 0"
 
 
 @pytest.mark.parametrize(
     ("home", "head"),
-    [
-        ("meta", "outer"),
-        pytest.param("task", "outer", marks=pytest.mark.xfail(reason=NO_MEMORY, strict=True)),
-        pytest.param("meta", "const", marks=pytest.mark.xfail(reason=NO_OUTPUT, strict=True)),
-    ],
+    [("meta", "outer"), ("task", "outer"), ("meta", "const")],
 )
 def test_halves_in_a_process_of_their_own(home: str, head: str) -> None:
     done = subprocess_with("", HALVES.format(home=home, head=head))
@@ -365,12 +359,6 @@ def overflowing(bad: int, inputs: int = 3, rate: float = 1e30) -> Case:
     return dataclasses.replace(case, batch=batch, rates={"lr": torch.tensor(rate)})
 
 
-PRODUCT_OVERFLOWS = pytest.mark.xfail(
-    reason="epilogue_batch: finite rows whose product with x is infinite are not traced to their task",
-    strict=True,
-)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("bad", [0, 3])
 @pytest.mark.parametrize(
@@ -378,7 +366,7 @@ PRODUCT_OVERFLOWS = pytest.mark.xfail(
     [
         pytest.param(3, 1e30, id="weight"),
         pytest.param(12, 3e38, id="factored"),
-        pytest.param(12, 1e30, id="factored-product", marks=PRODUCT_OVERFLOWS),
+        pytest.param(12, 1e30, id="factored-product"),
     ],
 )
 def test_a_gradient_that_alone_is_infinite(inputs: int, rate: float, bad: int, threads: int) -> None:

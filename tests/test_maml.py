@@ -81,7 +81,7 @@ def test_outputs(how) -> None:
 @backends
 @pytest.mark.parametrize("options", [{"inner_steps": 0}, {"inner_steps": 1}, {"first_order": True}, {"memory": "fast"}, {"reduction": "sum"}, {"reduction": 5}], ids=str)
 def test_options(how, options: dict) -> None:
-    divisor = {"sum": 1.0, 5: 5.0}.get(options.get("reduction"), None)
+    divisor = {"sum": 1.0, 5: 5.0}.get(options.get("reduction"))
     loss = F.cross_entropy if divisor is None else lambda z, y: F.cross_entropy(z, y, reduction="sum") / divisor
     truth = {"steps": options.get("inner_steps", 3), "first_order": options.get("first_order", False), "loss": loss}
     agrees(made(how, inner_lr=0.05, **options), classify(), lr=0.05, **truth)

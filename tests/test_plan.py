@@ -149,10 +149,6 @@ def test_exact_instructions_of_a_two_layer_network(norm: bool, relu: str) -> Non
     assert first.inputs[2] is None  # x has no tangent
 
 
-@pytest.mark.xfail(
-    reason="dy of the first layer is recomputed for bwd_weight_jvp, which needs it only against a tangent of x",
-    strict=True,
-)
 def test_hvp_recomputes_no_adjoint_that_meets_only_zeros() -> None:
     hvp = kernels(make(mlp(5, 8, 3)), "hvp")
     assert "linear_bwd_input" not in hvp and "relu_bwd" not in hvp

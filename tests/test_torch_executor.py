@@ -232,12 +232,6 @@ def test_random_halves(rng) -> None:
     assert error({n: values.get(f"grad.{n}", torch.zeros_like(v)) for n, v in truth.items()}, truth, ZERO) <= 1e-9
 
 
-OWN_LEAVES = pytest.mark.xfail(
-    reason="what a task's own leaf or an expression over one multiplies gets no gradient", strict=True
-)
-
-
-@OWN_LEAVES
 @pytest.mark.parametrize("role", ["outer", "const"])
 def test_leaves_of_a_task_that_are_not_adapted(role: str) -> None:
     b = ProgramBuilder((3,))
@@ -247,9 +241,6 @@ def test_leaves_of_a_task_that_are_not_adapted(role: str) -> None:
     assert worst_error(numbers_for(program, a, 0, [(3, 2), (3, 2)]), 1e-11) <= 1e-11
 
 
-@pytest.mark.xfail(
-    reason="the support pass takes x.support for the Gram matrix where the layer reads a reshape of it", strict=True
-)
 def test_factored_layer_behind_a_reshape() -> None:
     b = ProgramBuilder((2, 8))
     x = b.op("reshape", 0, shape=(16,))

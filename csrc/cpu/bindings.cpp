@@ -1,4 +1,5 @@
-// fastmaml._cpu: the only file that knows Python. Pointers come as integers, the Plan as flat lists of numbers (see executors/cpu_lowering.py).
+// fastmaml._cpu: the only file that knows Python. Pointers come as integers, the Plan as flat lists of numbers (see
+// executors/cpu_lowering.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,7 +17,7 @@ using fastmaml::Rows;
 namespace {
 
 class Reader {  // a list of integers, read in order
-   public:
+public:
     explicit Reader(const std::vector<int64_t>& words) : words_(words) {}
     int64_t next() {
         if (at_ >= words_.size()) throw std::runtime_error("fastmaml._cpu: a Plan ended too early");
@@ -29,7 +30,7 @@ class Reader {  // a list of integers, read in order
     }
     bool done() const { return at_ == words_.size(); }
 
-   private:
+private:
     const std::vector<int64_t>& words_;
     size_t at_ = 0;
 };
@@ -60,7 +61,8 @@ fastmaml::Operand read_operand(Reader& in) {
 fastmaml::Instruction read_instruction(Reader& in, fastmaml::Plan& plan) {
     fastmaml::Instruction i;
     i.kernel = in.next();
-    if (i.kernel < 0 || i.kernel >= fastmaml::kKernelCount) throw std::runtime_error("fastmaml._cpu: unknown kernel id");
+    if (i.kernel < 0 || i.kernel >= fastmaml::kKernelCount)
+        throw std::runtime_error("fastmaml._cpu: unknown kernel id");
     i.sums = in.next() != 0;
     i.n_operands = in.count(fastmaml::kMaxOperands);
     i.operands = static_cast<int32_t>(plan.operands.size());
@@ -155,11 +157,13 @@ std::vector<T*> pointers(const std::vector<int64_t>& addresses) {
     return out;
 }
 
-// One half for all tasks; false: not all that was summed is finite, so nothing was written: call again with the next attempt (0, 1, 2).
+// One half for all tasks; false: not all that was summed is finite, so nothing was written: call again with the next
+// attempt (0, 1, 2).
 bool execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, int attempt, int64_t support_rows,
              int64_t query_rows, int64_t ways, int64_t task_weights, double uniform_weight,
              const std::vector<int64_t>& task_buffers, const std::vector<int64_t>& inputs,
-             const std::vector<int64_t>& outputs, bool add_to_outputs, bool strict, int64_t meta, int64_t work, int64_t finite) {
+             const std::vector<int64_t>& outputs, bool add_to_outputs, bool strict, int64_t meta, int64_t work,
+             int64_t finite) {
     fastmaml::Run run;
     run.tasks = tasks;
     run.half = half;
@@ -189,8 +193,8 @@ bool execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, i
 
 // One kernel on its own: for tests and per-kernel benchmarks.
 void call_kernel(const std::string& tier, const std::string& name, const std::vector<int64_t>& operands,
-                 const std::vector<int64_t>& row_strides, int64_t n, int64_t row0, int64_t n_total, bool first, bool last,
-                 int part, int parts, std::vector<int64_t> sizes, std::vector<float> numbers,
+                 const std::vector<int64_t>& row_strides, int64_t n, int64_t row0, int64_t n_total, bool first,
+                 bool last, int part, int parts, std::vector<int64_t> sizes, std::vector<float> numbers,
                  std::tuple<int64_t, int64_t, int64_t, int64_t> task) {
     if (operands.size() > fastmaml::kMaxOperands || operands.size() != row_strides.size())
         throw std::runtime_error("call_kernel: operands and row_strides must have one entry per operand, at most 16");
@@ -236,7 +240,10 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<fastmaml::Plan>(m, "Plan").def(py::init(&read_plan), py::arg("words"));
     m.def("execute", &execute);
     m.def(
-        "work_bytes", [](const fastmaml::Plan& plan, int64_t tasks, int threads) { return fastmaml::work_bytes(plan, tasks, threads); },
+        "work_bytes",
+        [](const fastmaml::Plan& plan, int64_t tasks, int threads) {
+            return fastmaml::work_bytes(plan, tasks, threads);
+        },
         "Bytes of the workspace for this many tasks and threads.");
     m.def("call_kernel", &call_kernel);
     m.def("peak_gflops", &peak_gflops, py::arg("threads"));

@@ -19,7 +19,7 @@ static std::atomic<bool> forked{false};
 static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 class Barrier {  // for the threads that OpenMP really gave; spins, then yields where there are more threads than cores
-   public:
+public:
     explicit Barrier(int count) : count_(count) {}
     void wait() {
         if (count_ == 1) return;
@@ -37,7 +37,7 @@ class Barrier {  // for the threads that OpenMP really gave; spins, then yields 
         }
     }
 
-   private:
+private:
     const int count_;
     std::atomic<int> arrived_{0}, turn_{0};
 };
@@ -69,16 +69,21 @@ struct Worker {  // what one member of a team knows while it runs one task
 
 static int64_t extent(Rows rows, const Task& t) {
     switch (rows) {
-        case Rows::kSupport: return t.n_support;
-        case Rows::kQuery: return t.n_query;
-        case Rows::kJoint: return t.n_support + t.n_query;
-        default: return 0;
+        case Rows::kSupport:
+            return t.n_support;
+        case Rows::kQuery:
+            return t.n_query;
+        case Rows::kJoint:
+            return t.n_support + t.n_query;
+        default:
+            return 0;
     }
 }
 
 static void begin_task(Worker& w, int64_t t) {
     const Run& r = *w.run;
-    w.task = {t, r.support_rows[t + 1] - r.support_rows[t], r.query_rows[t + 1] - r.query_rows[t], r.ways ? r.ways[t] : 0};
+    w.task = {t, r.support_rows[t + 1] - r.support_rows[t], r.query_rows[t + 1] - r.query_rows[t],
+              r.ways ? r.ways[t] : 0};
     for (size_t i = 0; i < w.plan->task_buffers.size(); ++i) {
         const TaskBuffer& b = w.plan->task_buffers[i];
         const int64_t at = b.rows == Rows::kSupport ? r.support_rows[t] : b.rows == Rows::kQuery ? r.query_rows[t] : t;
@@ -115,7 +120,8 @@ static Call prepare_call(const Instruction& in, const Worker& w, int64_t step, i
     return c;
 }
 
-static inline void run_instruction(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n, int64_t total) {
+static inline void run_instruction(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n,
+                                   int64_t total) {
     w.tier->table[in.kernel](prepare_call(in, w, step, row0, n, total));
     w.barrier->wait();  // a team of one does not wait
 }
@@ -174,7 +180,8 @@ static void accumulate(const Worker& w, float* acc, bool& begun) {
             finite = finite && all_finite(static_cast<float*>(address(r.source, w, 0, 0)), r.count);
     if (finite && w.run->careful)
         for (const Weighted& rows : plan.weighted)
-            finite = finite && all_finite(static_cast<float*>(address(rows.at, w, 0, 0)), extent(rows.rows, w.task) * rows.floats);
+            finite = finite && all_finite(static_cast<float*>(address(rows.at, w, 0, 0)),
+                                          extent(rows.rows, w.task) * rows.floats);
     w.run->finite[w.task.index] = finite;
     if (!finite) return;
     for (const Weighted& rows : plan.weighted) {
@@ -264,7 +271,8 @@ static void find_bad_tasks(Shared& s, const Instruction& in, const Worker& w, co
     }
 }
 
-// A batch phase: row kernels take a share of the rows of all tasks; sums take a share of their output, over the rows of all finite tasks.
+// A batch phase: row kernels take a share of the rows of all tasks; sums take a share of their output, over the rows of
+// all finite tasks.
 static void run_batch(Shared& s, const Phase& phase, int me, int n) {
     Barrier alone(1);
     Worker w{&s.plan, &s.run, &s.tier, Task{}, &alone, 0, 1, {s.run.meta, nullptr}};
@@ -281,7 +289,8 @@ static void run_batch(Shared& s, const Phase& phase, int me, int n) {
                 for (int64_t t = 0; t <= s.run.tasks; ++t) {
                     const int64_t begin = t;
                     while (t < s.run.tasks && s.run.finite[t]) ++t;
-                    if (t == begin && !(first && t == s.run.tasks)) continue;  // a task left out; with none at all the sum is zero
+                    if (t == begin && !(first && t == s.run.tasks))
+                        continue;  // a task left out; with none at all the sum is zero
                     Call c = prepare_call(in, w, 0, offsets[begin], offsets[t] - offsets[begin], total);
                     c.first = first, c.last = true;
                     s.tier.table[in.kernel](c);

@@ -1,4 +1,5 @@
-// One vector type for the three tiers, on GCC's vector extensions; everything here is static, so that no tier's code can stand in for another's.
+// One vector type for the three tiers, on GCC's vector extensions; everything here is static, so that no tier's code
+// can stand in for another's.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -64,7 +65,8 @@ static inline vec fma(vec a, vec b, vec c) {
 #endif
 }
 
-// e^x, relative error about 1e-7: x = n ln2 + r, |r| <= ln2 / 2, a polynomial of degree 6 for e^r (Cephes' coefficients), then 2^n.
+// e^x, relative error about 1e-7: x = n ln2 + r, |r| <= ln2 / 2, a polynomial of degree 6 for e^r (Cephes'
+// coefficients), then 2^n.
 static inline vec vexp(vec x) {
     const vec big = splat(88.3762626647950f), small = splat(-87.3365447504019f);
     ivec overflow = x > big, underflow = x < small, nan = x != x;

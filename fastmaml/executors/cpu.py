@@ -70,7 +70,7 @@ class Prepared:
         self.idle: dict[tuple[int, ...], list[Workspace]] = {}
 
     def key(self, batch: TaskBatch, threads: int) -> tuple[int, ...]:
-        return len(batch), threads, len(batch.support_x), len(batch.query_x)
+        return len(batch), threads, batch.support_x.shape[0], batch.query_x.shape[0]
 
     def take(self, key: tuple[int, ...]) -> Workspace:
         idle = self.idle.setdefault(key, [])
@@ -205,7 +205,7 @@ class CpuExecutor:
     def _result(self, name: str, prepared: Prepared, call: Call) -> Tensor:
         buffer, tasks = self.plan.buffers[name], len(call.batch)
         if buffer.rows:
-            return torch.empty((sum(call.batch.query_sizes), *buffer.shape))
+            return torch.empty((call.batch.query_x.shape[0], *buffer.shape))
         if buffer.shape == ():
             return torch.empty((tasks, buffer.steps)) if buffer.steps else torch.empty(tasks)
         return torch.empty((tasks, prepared.lowering.kept_bytes(name) // 4))  # padded: cut in _shaped

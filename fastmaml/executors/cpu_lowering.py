@@ -209,9 +209,9 @@ class Lowering:
                     flags = (1, 0)
                     steps.append(Step(Native("copy_rows_fwd", (Ref(name), Ref(own)), (buffer.numel, *flags)), None))
                 self._rename(name, own)
-        if steps:
-            first = next(i for i, (phase, _) in enumerate(self.phases) if phase.scope == "task")
-            self.phases.insert(first, (Phase((), "task"), [(None, steps)]))
+        for half in range(self.plan.entries) if steps else ():  # the run's memory does not outlive a half
+            first = next(i for i, (phase, _) in enumerate(self.phases) if phase.scope == "task" and phase.half == half)
+            self.phases.insert(first, (Phase((), "task", half=half), [(None, [Step(s.call, s.rows) for s in steps])]))
 
     def _rename(self, old: str, new: str) -> None:
         for _, groups in self.phases:
@@ -283,9 +283,8 @@ class Lowering:
         """Bytes from one row to the next (of the whole array without rows)."""
         if buffer.kind == "label":
             return 8
-        if self._outside(buffer):
-            if buffer.rows or buffer.name in self.plan.inputs or buffer.shape == ():
-                return 4 * buffer.numel
+        if self._outside(buffer) and (buffer.rows or buffer.name in self.plan.inputs or buffer.shape == ()):
+            return 4 * buffer.numel
         if buffer.columns:
             return 8 * pad(self.capacity[buffer.columns], 8)  # kept in double
         return pad(buffer.numel) * (1 if buffer.kind == "mask" else 4) if buffer.name not in self.packed else 4 * self._floats(buffer)

@@ -335,7 +335,7 @@ def _add() -> Rule:
                 p.alias_bar(v, dy, dot)
             else:
                 mode = "bwd_jvp" if dot else "bwd"
-                p.add_bar(v, lambda dx, s=shape: p.emit(f"add_{mode}", (dy,), (dx,), input_shape=s), dot)
+                p.add_bar(v, lambda dx, s=shape, m=mode: p.emit(f"add_{m}", (dy,), (dx,), input_shape=s), dot)
 
     def bwd_jvp(p: Pass, op: Op) -> None:
         if op.output in p.bar_dot:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 
 from fastmaml.plan.instructions import Buffer, Group, Instruction
 
-
 # They read other rows than they write, or all rows of an array at once
 WHOLE = {
     *("join_rows_fwd", "query_rows_fwd", "query_rows_bwd", "sgd_bwd_rate"),

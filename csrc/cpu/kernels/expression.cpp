@@ -1,4 +1,5 @@
-// Weight expressions: small plain arrays of up to four axes, evaluated once per meta-iteration or once per step. Simple loops; part 0 does all.
+// Weight expressions: small plain arrays of up to four axes, evaluated once per meta-iteration or once per step. Simple
+// loops; part 0 does all.
 #include "../simd.h"
 
 namespace fastmaml {
@@ -44,7 +45,8 @@ static void clear_padding(float* out, int64_t n) {
 
 void add_expr_fwd(const Call& c) {
     if (c.part) return;
-    const Strides sx = strides_of(c.sizes, c.sizes[4]), sy = strides_of(c.sizes, c.sizes[5]), sz = strides_of(c.sizes, 0);
+    const Strides sx = strides_of(c.sizes, c.sizes[4]), sy = strides_of(c.sizes, c.sizes[5]),
+                  sz = strides_of(c.sizes, 0);
     const float *x = c.f(0), *y = c.f(1);
     float* z = c.f(2);
     each_index(c.sizes, [&](int64_t i, int64_t j, int64_t k, int64_t l) {
@@ -54,7 +56,8 @@ void add_expr_fwd(const Call& c) {
 }
 
 static void multiply(const Call& c, const float* x, const float* y, const float* xt, const float* yt, float* z) {
-    const Strides sx = strides_of(c.sizes, c.sizes[4]), sy = strides_of(c.sizes, c.sizes[5]), sz = strides_of(c.sizes, 0);
+    const Strides sx = strides_of(c.sizes, c.sizes[4]), sy = strides_of(c.sizes, c.sizes[5]),
+                  sz = strides_of(c.sizes, 0);
     each_index(c.sizes, [&](int64_t i, int64_t j, int64_t k, int64_t l) {
         const int64_t ax = at(sx, i, j, k, l), ay = at(sy, i, j, k, l);
         z[at(sz, i, j, k, l)] = (xt ? xt[ax] * y[ay] : 0.f) + (yt ? x[ax] * yt[ay] : 0.f);
@@ -72,7 +75,8 @@ void mul_expr_jvp(const Call& c) {
 
 void sum_expr(const Call& c) {
     if (c.part) return;
-    const Strides full = strides_of(c.sizes, 0), so = strides_of(c.sizes, c.sizes[4]), sb = strides_of(c.sizes, c.sizes[5]);
+    const Strides full = strides_of(c.sizes, 0), so = strides_of(c.sizes, c.sizes[4]),
+                  sb = strides_of(c.sizes, c.sizes[5]);
     const float *a = c.f(0), *b = c.f(1), *d = c.f(2), *e = c.f(3);
     float* out = c.f(4);
     const int64_t n = count(c.sizes, c.sizes[4]);

@@ -1,8 +1,10 @@
-// linear in all modes, on packed weights: panels of 64 outputs, each [in][width], so that the vectors run over outputs, a panel is one stream of
-// memory, and the weight gradient is an outer product in the same layout. bwd_input transposes 64 x 64 pieces of the panel on the way.
+// linear in all modes, on packed weights: panels of 64 outputs, each [in][width], so that the vectors run over outputs,
+// a panel is one stream of memory, and the weight gradient is an outer product in the same layout. bwd_input transposes
+// 64 x 64 pieces of the panel on the way.
 //
-// Every output element is a sum of short chains of FMAs (kDepth products each: a single chain over 784 inputs loses half a digit against a blocked
-// one) in a fixed order, whatever the tile, the block of rows or the team: bits do not depend on them.
+// Every output element is a sum of short chains of FMAs (kDepth products each: a single chain over 784 inputs loses
+// half a digit against a blocked one) in a fixed order, whatever the tile, the block of rows or the team: bits do not
+// depend on them.
 #include "../simd.h"
 
 namespace fastmaml {
@@ -10,7 +12,9 @@ namespace FASTMAML_ISA {
 
 static constexpr int kCols = VL == 16 ? 4 : 2;  // vectors of a register tile: 6 x 4 zmm, or 6 x 2 ymm/xmm
 static constexpr int kRows = 6;                 // its rows; narrow tiles are taller, to keep enough FMAs under way
-static constexpr int rows_of(int vectors) { return vectors == 1 ? 12 : VL == 16 && vectors == 2 ? 12 : VL == 16 && vectors == 3 ? 8 : kRows; }
+static constexpr int rows_of(int vectors) {
+    return vectors == 1 ? 12 : VL == 16 && vectors == 2 ? 12 : VL == 16 && vectors == 3 ? 8 : kRows;
+}
 
 static constexpr int64_t kDepth = 64;  // products in one chain; 64 x 64 weights are also what stays in L1 for all rows
 
@@ -21,7 +25,8 @@ struct Pair {  // one product x w of a sum of products; w is [k][ldw]
     int64_t ldw;
 };
 
-// y[R][C vectors] = init + sum over pairs of x w, in registers. init: one row for all (ld_init 0), a row each, or null for zero.
+// y[R][C vectors] = init + sum over pairs of x w, in registers. init: one row for all (ld_init 0), a row each, or null
+// for zero.
 template <int R, int C>
 static inline void tile(const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy, const float* init,
                         int64_t ld_init) {
@@ -46,19 +51,23 @@ static inline void tile(const Pair* pairs, int n_pairs, int64_t k, float* y, int
 }
 
 template <int R, int C>
-static inline void tile_rows(int64_t rows, const Pair* p, int np, int64_t k, float* y, int64_t ldy, const float* init, int64_t ldi) {
+static inline void tile_rows(int64_t rows, const Pair* p, int np, int64_t k, float* y, int64_t ldy, const float* init,
+                             int64_t ldi) {
     if (rows >= R) return tile<R, C>(p, np, k, y, ldy, init, ldi);
     if constexpr (R > 1) tile_rows<R - 1, C>(rows, p, np, k, y, ldy, init, ldi);
 }
 
 // All rows of a column of tiles: full tiles, then what is left in one smaller tile.
 template <int C>
-static void column(int64_t n, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy, const float* init, int64_t ld_init) {
+static void column(int64_t n, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy, const float* init,
+                   int64_t ld_init) {
     constexpr int R = rows_of(C);
     for (int64_t r = 0; r < n;) {
-        const int64_t left = n - r, rows = left >= R ? (left < 2 * R && left > R ? (left + 1) / 2 : R) : left;  // 10 = 5 + 5, not 8 + 2
+        const int64_t left = n - r, rows = left >= R ? (left < 2 * R && left > R ? (left + 1) / 2 : R)
+                                                     : left;  // 10 = 5 + 5, not 8 + 2
         Pair here[2];
-        for (int p = 0; p < n_pairs; ++p) here[p] = {pairs[p].x + r * pairs[p].ldx, pairs[p].ldx, pairs[p].w, pairs[p].ldw};
+        for (int p = 0; p < n_pairs; ++p)
+            here[p] = {pairs[p].x + r * pairs[p].ldx, pairs[p].ldx, pairs[p].w, pairs[p].ldw};
         tile_rows<R, C>(rows, here, n_pairs, k, y + r * ldy, ldy, init ? init + r * ld_init : nullptr, ld_init);
         r += rows;
     }
@@ -74,13 +83,22 @@ static void product(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int
         do {  // once even for k = 0: then y is init
             const int64_t depth = k - i < kDepth + kDepth / 2 ? k - i : kDepth;
             Pair here[2];
-            for (int p = 0; p < n_pairs; ++p) here[p] = {pairs[p].x + i, pairs[p].ldx, pairs[p].w + i * pairs[p].ldw + c, pairs[p].ldw};
+            for (int p = 0; p < n_pairs; ++p)
+                here[p] = {pairs[p].x + i, pairs[p].ldx, pairs[p].w + i * pairs[p].ldw + c, pairs[p].ldw};
             switch (vectors) {
-                case 1: column<1>(n, here, n_pairs, depth, y + c, ldy, from, ld_from); break;
-                case 2: column<2>(n, here, n_pairs, depth, y + c, ldy, from, ld_from); break;
+                case 1:
+                    column<1>(n, here, n_pairs, depth, y + c, ldy, from, ld_from);
+                    break;
+                case 2:
+                    column<2>(n, here, n_pairs, depth, y + c, ldy, from, ld_from);
+                    break;
 #if defined(__AVX512F__)
-                case 3: column<3>(n, here, n_pairs, depth, y + c, ldy, from, ld_from); break;
-                default: column<4>(n, here, n_pairs, depth, y + c, ldy, from, ld_from); break;
+                case 3:
+                    column<3>(n, here, n_pairs, depth, y + c, ldy, from, ld_from);
+                    break;
+                default:
+                    column<4>(n, here, n_pairs, depth, y + c, ldy, from, ld_from);
+                    break;
 #endif
             }
             from = y + c, ld_from = ldy;
@@ -154,8 +172,10 @@ static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, f
             quad r[4];
             for (int64_t q = 0; q < 4; ++q)
                 r[q] = i + q < rows ? *reinterpret_cast<const uquad*>(src + (i + q) * lds + j) : quad{};
-            const quad a = __builtin_shuffle(r[0], r[1], iquad{0, 4, 1, 5}), b = __builtin_shuffle(r[0], r[1], iquad{2, 6, 3, 7});
-            const quad c = __builtin_shuffle(r[2], r[3], iquad{0, 4, 1, 5}), d = __builtin_shuffle(r[2], r[3], iquad{2, 6, 3, 7});
+            const quad a = __builtin_shuffle(r[0], r[1], iquad{0, 4, 1, 5}),
+                       b = __builtin_shuffle(r[0], r[1], iquad{2, 6, 3, 7});
+            const quad c = __builtin_shuffle(r[2], r[3], iquad{0, 4, 1, 5}),
+                       d = __builtin_shuffle(r[2], r[3], iquad{2, 6, 3, 7});
             *reinterpret_cast<uquad*>(dst + (j + 0) * ldd + i) = __builtin_shuffle(a, c, iquad{0, 1, 4, 5});
             *reinterpret_cast<uquad*>(dst + (j + 1) * ldd + i) = __builtin_shuffle(a, c, iquad{2, 3, 6, 7});
             *reinterpret_cast<uquad*>(dst + (j + 2) * ldd + i) = __builtin_shuffle(b, d, iquad{0, 1, 4, 5});
@@ -184,7 +204,8 @@ struct Target {  // out += d w; `begun` once it holds something
     bool begun;
 };
 
-// One weight against up to two cotangents (dy and its tangent): a share of the input columns, 64 at a time, transposed once for both.
+// One weight against up to two cotangents (dy and its tangent): a share of the input columns, 64 at a time, transposed
+// once for both.
 static void times_weight(const Call& c, const float* w, int64_t k, int64_t cols, Target** targets, int n) {
     const int64_t in = c.sizes[0], out = c.sizes[1];
     alignas(64) float piece[kPanel * kPanel];
@@ -229,7 +250,8 @@ void linear_bwd_input_jvp(const Call& c) {
 }
 
 void linear_bwd_input_both(const Call& c) {
-    backward_input(c, c.f(0), c.stride(0), c.f(1), c.f(2), c.stride(2), c.f(3), c.f(4), c.stride(4), c.f(5), c.stride(5));
+    backward_input(c, c.f(0), c.stride(0), c.f(1), c.f(2), c.stride(2), c.f(3), c.f(4), c.stride(4), c.f(5),
+                   c.stride(5));
 }
 
 // ---------------------------------------------------------------------------------------------------- bwd_weight
@@ -240,7 +262,7 @@ struct Outer {  // dw += x^T d
     int64_t ldd;
 };
 
-struct Epilogue {  // what is stored: acc, or base + scale acc
+struct Epilogue {       // what is stored: acc, or base + scale acc
     const float* from;  // the chain goes on from the block before, or null
     const float* plus;  // sums of the rows before, added to this chain at its end, or null
     const float* base;
@@ -265,8 +287,7 @@ static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, float*
     }
     const vec scale = splat(e.scale);
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c)
-        {
+        for (int c = 0; c < C; ++c) {
             const int64_t at = r * ldw + c * VL;
             const vec sum = e.plus ? load(e.plus + at) + acc[r][c] : acc[r][c];
             store(dw + at, e.base ? fma(scale, sum, load(e.base + at)) : sum);
@@ -274,14 +295,16 @@ static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, float*
 }
 
 template <int R, int C>
-static inline void outer_rows(int64_t rows, const Outer* t, int nt, int64_t n, float* dw, int64_t ldw, const Epilogue& e) {
+static inline void outer_rows(int64_t rows, const Outer* t, int nt, int64_t n, float* dw, int64_t ldw,
+                              const Epilogue& e) {
     if (rows >= R) return outer_tile<R, C>(t, nt, n, dw, ldw, e);
     if constexpr (R > 1) outer_rows<R - 1, C>(rows, t, nt, n, dw, ldw, e);
 }
 
 // The rows [0, inputs) of one column of tiles of dw.
 template <int C>
-static void outer_column(int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw, const Epilogue& e) {
+static void outer_column(int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw,
+                         const Epilogue& e) {
     constexpr int R = rows_of(C);
     for (int64_t k = 0; k < inputs; k += R) {
         Outer here[2];
@@ -293,22 +316,29 @@ static void outer_column(int64_t inputs, const Outer* terms, int n_terms, int64_
 }
 
 // One column of tiles of dw over up to kDeep rows of the batch, dispatched by its width.
-static void outer_columns(int64_t width, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw, const Epilogue& e) {
+static void outer_columns(int64_t width, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw,
+                          int64_t ldw, const Epilogue& e) {
     switch (width / VL) {
-        case 1: return outer_column<1>(inputs, terms, n_terms, n, dw, ldw, e);
+        case 1:
+            return outer_column<1>(inputs, terms, n_terms, n, dw, ldw, e);
 #if defined(__AVX512F__)
-        case 3: return outer_column<3>(inputs, terms, n_terms, n, dw, ldw, e);
-        case 4: return outer_column<4>(inputs, terms, n_terms, n, dw, ldw, e);
+        case 3:
+            return outer_column<3>(inputs, terms, n_terms, n, dw, ldw, e);
+        case 4:
+            return outer_column<4>(inputs, terms, n_terms, n, dw, ldw, e);
 #endif
-        default: return outer_column<2>(inputs, terms, n_terms, n, dw, ldw, e);
+        default:
+            return outer_column<2>(inputs, terms, n_terms, n, dw, ldw, e);
     }
 }
 
-// Rows of dy that stay in L1 while all of dw is walked. They are copied together first: rows 1 KB apart would share a quarter of its sets.
+// Rows of dy that stay in L1 while all of dw is walked. They are copied together first: rows 1 KB apart would share a
+// quarter of its sets.
 static constexpr int64_t kDeep = 96;
 
 // dw (or its epilogue), a share of the input rows of the packed weight
-static void backward_weight(const Call& c, const Outer* terms, int n_terms, float* dw, const float* base, const float* scale) {
+static void backward_weight(const Call& c, const Outer* terms, int n_terms, float* dw, const float* base,
+                            const float* scale) {
     const int64_t in = c.sizes[0], out = c.sizes[1];
     const Share s = share(in, c);
     alignas(64) float together[kDeep * kPanel];
@@ -328,12 +358,13 @@ static void backward_weight(const Call& c, const Outer* terms, int n_terms, floa
                                terms[t].d + r * terms[t].ldd + panel * kPanel + o, terms[t].ldd};
                 if (deep) {
                     for (int64_t i = 0; i < rows; ++i)
-                        for (int64_t v = 0; v < cols; v += VL) store(together + i * cols + v, load(here[0].d + i * here[0].ldd + v));
+                        for (int64_t v = 0; v < cols; v += VL)
+                            store(together + i * cols + v, load(here[0].d + i * here[0].ldd + v));
                     here[0].d = together, here[0].ldd = cols;
                 }
                 const bool sum = deep && (r > 0 || !c.first);
-                const Epilogue e = {c.first || deep ? nullptr : dw + at, sum ? dw + at : nullptr, fused ? base + at : nullptr,
-                                    fused ? c.numbers[0] * (scale ? *scale : 1.f) : 1.f};
+                const Epilogue e = {c.first || deep ? nullptr : dw + at, sum ? dw + at : nullptr,
+                                    fused ? base + at : nullptr, fused ? c.numbers[0] * (scale ? *scale : 1.f) : 1.f};
                 outer_columns(cols, s.end - s.begin, here, n_terms, rows, dw + at, width, e);
                 r += rows;
             } while (r < c.n);
@@ -368,17 +399,21 @@ void linear_bwd_weight_jvp(const Call& c) {
 
 void row_sum_bwd(const Call& c) { backward_bias(c, c.f(0), c.stride(0), c.f(1)); }
 
-// ---------------------------------------------------------------------------------------------------- factored first layers
+// ---------------------------------------------------------------------------------------------------- factored first
+// layers
 static int64_t rows_of_extent(const Call& c, int64_t extent) {  // as enum class Rows
     return extent == 1 ? c.task->n_support : extent == 2 ? c.task->n_query : c.task->n_support + c.task->n_query;
 }
 
-// The Gram matrix is large where images share a mean, and D mostly cancels it: it is made, kept and multiplied in double. It is small.
+// The Gram matrix is large where images share a mean, and D mostly cancels it: it is made, kept and multiplied in
+// double. It is small.
 typedef double dvec __attribute__((vector_size(4 * VL)));
 typedef float hvec __attribute__((vector_size(2 * VL)));
 typedef float uhvec __attribute__((vector_size(2 * VL), aligned(4), may_alias));
 static constexpr int DL = VL / 2;
-static inline dvec load_double(const float* p) { return __builtin_convertvector(hvec(*reinterpret_cast<const uhvec*>(p)), dvec); }
+static inline dvec load_double(const float* p) {
+    return __builtin_convertvector(hvec(*reinterpret_cast<const uhvec*>(p)), dvec);
+}
 static inline void store_float(float* p, dvec v) { *reinterpret_cast<uhvec*>(p) = __builtin_convertvector(v, hvec); }
 
 template <int R>

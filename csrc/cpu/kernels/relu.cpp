@@ -19,7 +19,8 @@ void relu_fwd(const Call& c) {  // x, y?, mask?
     for_rows(c, [=](int64_t i, int64_t j) {
         const vec v = load(x + i * sx + j);
         // zero times -infinity is no number, so ReLU selects; asked this way round, a NaN passes
-        if (y) store(y + i * sy + j, slope == 0.f ? select(v <= vec{}, vec{}, v) : select(v > vec{}, v, v * splat(slope)));
+        if (y)
+            store(y + i * sy + j, slope == 0.f ? select(v <= vec{}, vec{}, v) : select(v > vec{}, v, v * splat(slope)));
         if (mask) store_mask(mask + i * sm + j, v > vec{});
     });
 }

@@ -10,7 +10,8 @@ static inline void each(const Call& c, F f) {  // f(offset) for each vector of a
     for (int64_t i = s.begin * kLane; i < s.end * kLane; i += VL) f(i);
 }
 
-static inline void store_scalar(float* out, float value) {  // the lane's other floats take part in sums: they must be zero
+static inline void store_scalar(float* out,
+                                float value) {  // the lane's other floats take part in sums: they must be zero
     for (int64_t i = 1; i < kLane; ++i) out[i] = 0.f;
     *out = value;
 }
@@ -128,7 +129,9 @@ void axpy_rows_fwd(const Call& c) {
     float* out = c.f(3);
     const vec s = splat(factor(c, c.f(2)));
     const int64_t lda = c.stride(0), ldx = c.stride(1), ldo = c.stride(3);
-    each_row(c, [=](int64_t r, int64_t i) { store(out + r * ldo + i, fma(s, load(x + r * ldx + i), load(acc + r * lda + i))); });
+    each_row(c, [=](int64_t r, int64_t i) {
+        store(out + r * ldo + i, fma(s, load(x + r * ldx + i), load(acc + r * lda + i)));
+    });
 }
 
 void sgd_rows_fwd(const Call& c) {
@@ -136,7 +139,9 @@ void sgd_rows_fwd(const Call& c) {
     float* next = c.f(3);
     const vec r = splat(-*c.f(2));
     const int64_t ldt = c.stride(0), ldg = c.stride(1), ldn = c.stride(3);
-    each_row(c, [=](int64_t i, int64_t j) { store(next + i * ldn + j, fma(r, load(g + i * ldg + j), load(theta + i * ldt + j))); });
+    each_row(c, [=](int64_t i, int64_t j) {
+        store(next + i * ldn + j, fma(r, load(g + i * ldg + j), load(theta + i * ldt + j)));
+    });
 }
 
 void sgd_rows_bwd(const Call& c) {

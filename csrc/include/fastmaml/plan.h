@@ -1,7 +1,8 @@
 // The Plan as plain data, as the cpu executor receives it: no Python, no torch, no knowledge of meta-learning.
 //
-// Real buffers are float arrays. A buffer with rows is [rows, stride] with the stride padded to kLane floats and zeros in the padding;
-// a vector is padded the same way; a weight matrix that a linear layer reads is "packed" (see packed_offset). Masks are bytes.
+// Real buffers are float arrays. A buffer with rows is [rows, stride] with the stride padded to kLane floats and zeros
+// in the padding; a vector is padded the same way; a weight matrix that a linear layer reads is "packed" (see
+// packed_offset). Masks are bytes.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -23,10 +24,10 @@ constexpr int32_t kMetaBase = 0, kArenaBase = 1, kFirstTaskBase = 2;
 
 // Where an operand of an instruction lies. Offsets and strides count bytes.
 struct Operand {
-    int32_t base = -1;       // -1: absent
-    int32_t first_base = -1; // slot 0 lies elsewhere (theta_0 is the leaf itself); -1: it does not
-    int32_t shift = 0;       // slot on the step axis = step + shift
-    bool by_row = false;     // advances with the rows of a block
+    int32_t base = -1;        // -1: absent
+    int32_t first_base = -1;  // slot 0 lies elsewhere (theta_0 is the leaf itself); -1: it does not
+    int32_t shift = 0;        // slot on the step axis = step + shift
+    bool by_row = false;      // advances with the rows of a block
     int64_t offset = 0, step_stride = 0, row_stride = 0, first_offset = 0;
 };
 
@@ -59,13 +60,14 @@ struct TaskBuffer {
     int64_t stride = 0;       // bytes of one row, or of one task
 };
 
-// How a leaf or a gradient meets the caller's array. kPacked: a [rows, cols] matrix <-> packed transpose; kPlain: contiguous.
+// How a leaf or a gradient meets the caller's array. kPacked: a [rows, cols] matrix <-> packed transpose; kPlain:
+// contiguous.
 enum class Layout : int32_t { kPlain, kPacked };
 
 struct Port {
     int64_t offset = 0;  // in the meta arena, bytes
     Layout layout = Layout::kPlain;
-    int64_t rows = 1, cols = 1;      // of one slot
+    int64_t rows = 1, cols = 1;          // of one slot
     int64_t steps = 1, step_stride = 0;  // slots on the step axis
 };
 
@@ -99,7 +101,8 @@ struct Plan {
     int32_t halves = 1;
 };
 
-// Element (k, o) of a packed [out, in] weight: panels of kPanel outputs, each [in][width]; width = what is left, padded to kLane.
+// Element (k, o) of a packed [out, in] weight: panels of kPanel outputs, each [in][width]; width = what is left, padded
+// to kLane.
 inline int64_t packed_width(int64_t panel, int64_t out) {
     int64_t left = pad_lane(out) - panel * kPanel;
     return left < kPanel ? left : kPanel;
