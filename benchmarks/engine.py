@@ -56,7 +56,7 @@ def interleaved(steps: dict, models: dict, tasks, budget: float) -> dict[str, li
     times: dict[str, list[float]] = {name: [] for name in steps}
     for model in models.values():
         model.zero_grad()
-    for name, step in steps.items():
+    for step in steps.values():
         for _ in range(3):
             step(tasks)
     started = time.perf_counter()
@@ -115,7 +115,8 @@ torch.set_num_threads(2)
 tasks = images()(0)
 maml = fastmaml.MAML(fastmaml.nn.OmniglotFC(5), inner_lr=0.01, inner_steps=int(sys.argv[1]))
 for p in maml.parameters(): p.grad = torch.zeros_like(p)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # of this process alone: ru_maxrss would carry over from the parent
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
 for _ in range(3): maml.meta_grad(tasks)
 from fastmaml.plan.memory import plan_bytes
@@ -136,11 +137,24 @@ def memory() -> list[dict]:
 
 
 def machine() -> dict:
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "cpu": model, "tier": _cpu.active_tier(), "threads": torch.get_num_threads(), "peak_gflops": round(_cpu.peak_gflops(torch.get_num_threads())),
         "torch": torch.__version__, "fastmaml": fastmaml.__version__, "python": platform.python_version(), "precision": "float32",
     }  # fmt: skip
+
+
+def save(path: Path | None, rows: list[dict]) -> None:
+    """Writes all rows so far, whole or not at all."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".json") as f:
+        json.dump({"machine": machine(), "rows": rows}, f, indent=1)
+    os.chmod(f.name, 0o644)
+    os.replace(f.name, path)
 
 
 def main() -> None:
@@ -157,15 +171,11 @@ def main() -> None:
     for w in tqdm([w for w in WORKLOADS.values() if args.only in w.name], leave=False, disable=not sys.stderr.isatty()):
         rows += (mine := measure(w, not args.no_compile, args.budget))
         print(show(mine) + "\n", flush=True)
+        save(args.out, rows)
     kept = memory() if not args.only else []
     for r in kept:
         print(f"memory, OmniglotFC, K={r['inner_steps']}: {r['above_mb']:.1f} MB above import and data (the Plan said {r['plan_mb']:.1f}), {r['total_mb']:.0f} MB in all")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=args.out.parent, delete=False, suffix=".json") as f:
-            json.dump({"machine": machine(), "rows": rows + kept}, f, indent=1)
-        os.chmod(f.name, 0o644)
-        os.replace(f.name, args.out)
+    save(args.out, rows + kept)
 
 
 if __name__ == "__main__":

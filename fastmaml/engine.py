@@ -5,9 +5,8 @@ Caches are keyed by everything a Plan depends on. When the model is edited, all 
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from sys import _getframe
@@ -15,10 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import device as Device
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors import Executor, choose
-from fastmaml.executors.autograd import opaque_program
+from fastmaml.executors.autograd import opaque_program, turn
+from fastmaml.executors.call import Results
 from fastmaml.plan import Arrangement, build_plan
 from fastmaml.program import Loss, Program
 from fastmaml.rates import InnerRates
@@ -57,6 +58,7 @@ class Runner:
 
     def __init__(self, view: ModelView, program: Program, executor: Executor) -> None:
         self.view, self.program, self.executor, self.plan = view, program, executor, executor.plan
+        self.opaque = program.ops[-1].name == "module"
         self.output = program.values[program.output].shape
         self.leaves = {leaf.name: view.parameters[leaf.name] for leaf in program.leaves if leaf.name in view.parameters}
         self.buffers = [leaf.name for leaf in program.leaves if leaf.name not in view.parameters]
@@ -75,7 +77,6 @@ class Engine:
 
     def __init__(self, owner: Mapping[str, nn.Module | None], adapt: str | list[str], rates: InnerRates) -> None:
         self.owner, self.adapt, self.rates = owner, adapt, rates
-        self._lock = threading.RLock()
         self._view: ModelView | None = None
         self._programs: dict[Any, Program] = {}
         self._runners: dict[Any, Runner] = {}
@@ -87,7 +88,10 @@ class Engine:
         view = self._view
         if view is not None and self.owner["model"] is view.model and view.holds():
             return view
-        with self._lock:
+        with turn:  # an autograd executor in another thread may have the model's parameters in its hands
+            view = self._view
+            if view is not None and self.owner["model"] is view.model and view.holds():
+                return view
             view = ModelView(self.owner["model"], self.adapt)
             self.rates.bind({name: view.parameters[name] for name in view.adapted})
             self._programs, self._runners, self._view = {}, {}, view
@@ -99,10 +103,11 @@ class Engine:
         found = self._runners.get(key)
         if found is not None and found.view is view:
             return found
-        with self._lock:
+        with turn:
             program = self.program(view, sample, spec)
             rates, query_from = self.rates.rates, spec.query_from
-            a = Arrangement(spec.steps, spec.loss, rates, spec.first_order, spec.entry, query_from, spec.memory, spec.record, spec.support_rows)
+            memory = "constant" if program.ops[-1].name == "module" else spec.memory  # nobody but torch knows a module's activations
+            a = Arrangement(spec.steps, spec.loss, rates, spec.first_order, spec.entry, query_from, memory, spec.record, spec.support_rows)
             plan = build_plan(_adapted_as_given(program) if spec.entry == "predict" else program, a)
             runner = Runner(view, program, choose(spec.backend, plan, view.like.dtype, view.like.device))
             self._runners[key] = runner
@@ -145,3 +150,11 @@ def warn_user(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith((PACKAGE, TORCH)):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def without_autocast(device: Device, run: Callable[..., Results], *args: Any) -> Results:
+    if not torch.is_autocast_enabled(device.type):
+        return run(*args)
+    warn_user("autocast is ignored: fastmaml runs in its own precision (see precision=)")
+    with torch.autocast(device.type, enabled=False):
+        return run(*args)

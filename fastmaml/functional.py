@@ -5,20 +5,19 @@ The engine of a model and its options is kept for the next call: the last few, a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastmaml import options as checks
+from fastmaml.executors.autograd import turn
 from fastmaml.maml import MAML
 from fastmaml.output import MetaOutput
 
 KEPT = 8
 PER_CALL = {"inner_lr": 0.01, "batchnorm": None, "task_weights": None}  # and what they are when not given
 _kept: dict[Any, tuple[MAML, Any]] = {}
-_lock = threading.Lock()
 
 
 def meta_loss(model: nn.Module, params: Mapping[str, Tensor], tasks: Any, *, outer_loss: Any = None, **options: Any) -> MetaOutput:
@@ -46,7 +45,7 @@ def _prepared(model: nn.Module, options: dict[str, Any]) -> tuple[MAML, dict[str
     settings = {name: options.get(name, value) for name, value in PER_CALL.items()}
     constant = tuple(sorted((name, _key(value)) for name, value in options.items() if name not in PER_CALL))
     key = (id(model), _form(settings["inner_lr"]), constant)
-    with _lock:
+    with turn:
         if key not in _kept:
             made = MAML(model, inner_lr=settings["inner_lr"], **{n: v for n, v in options.items() if n not in PER_CALL})
             _kept[key] = made, options  # what has its id in the key must stay alive

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +12,13 @@ from fastmaml import options
 from fastmaml.adapted import AdaptedModel
 from fastmaml.autograd import MetaLoss, NoGradient, OuterLogits
 from fastmaml.batch import TaskBatch
-from fastmaml.engine import Engine, Runner, Spec, warn_user
+from fastmaml.engine import Runner, Spec, warn_user, without_autocast
 from fastmaml.executors import BACKENDS
 from fastmaml.executors.call import Call, Results
-from fastmaml.output import MetaOutput, NonFiniteError, correct_of, per_task
+from fastmaml.output import MetaOutput, NonFiniteError, correct_of, gradient_of, per_task
 from fastmaml.program import CLASS_WEIGHT
 from fastmaml.rates import InnerRates
-from fastmaml.watch import ModelView
+from fastmaml.state import Trained
 
 
 class Ran(NamedTuple):
@@ -30,7 +30,7 @@ class Ran(NamedTuple):
     parameters: Mapping[str, Tensor]
 
 
-class MAML(nn.Module):
+class MAML(Trained):
     """Model-agnostic meta-learning (Finn et al. 2017) over ``model``, second order unless told otherwise.
 
     model               any nn.Module taking [n, ...] and returning [n, outputs]; its own parameters are trained
@@ -86,69 +86,12 @@ class MAML(nn.Module):
         self.memory = options.one_of("memory", memory, options.MEMORY)
         self.backend = options.one_of("backend", backend, BACKENDS)
         self.on_nonfinite = options.one_of("on_nonfinite", on_nonfinite, options.NONFINITE)
-        self._engine = Engine(self._modules, adapt, self.rates)
+        self._start()
 
     @property
     def executor(self) -> str | None:
         """Name of the executor that ran last."""
         return self._engine.ran
-
-    # ------------------------------------------------------------------------------------------------- parameters, state
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's own parameters under their own names, then the learned rates."""
-        yield from self.model.named_parameters(*args, **kwargs)
-        prefix = args[0] if args else kwargs.get("prefix", "")
-        yield from ((f"{prefix}.{name}" if prefix else name, rate) for name, rate in self.rates.learned())
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        yield from (p for _, p in self.named_parameters(recurse=recurse))
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The model's state_dict, plus the learned rates."""
-        state = self.model.state_dict(*args, **kwargs)
-        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
-        for name, rate in self.rates.learned():
-            state[prefix + name] = rate if kwargs.get("keep_vars") else rate.detach()
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        learned = dict(self.rates.learned())
-        missing = [name for name in learned if name not in state_dict]
-        if strict and missing:
-            raise RuntimeError(f"the state has no {missing[0]!r}: it was saved without learn_inner_lr=True")
-        for name in learned.keys() - missing:
-            if state_dict[name].shape != learned[name].shape:
-                raise RuntimeError(f"{name!r} has shape {list(state_dict[name].shape)} in the state, {list(learned[name].shape)} here")
-        result = self.model.load_state_dict({n: v for n, v in state_dict.items() if n not in learned}, strict, assign)
-        with torch.no_grad():
-            for name in learned.keys() - missing:
-                learned[name].copy_(state_dict[name])
-        return result
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As part of a larger module (DDP): torch looks for the model's entries under "model.", where state_dict did not put them."""
-        learned = dict(self.rates.learned())
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            name, value = key.removeprefix(prefix), state_dict.pop(key)
-            if name in learned:
-                with torch.no_grad():
-                    learned[name].copy_(value)
-            else:
-                state_dict[f"{prefix}model.{name}"] = value
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MAML:
-        """.to(), .double(): the rates move along."""
-        super()._apply(fn, recurse)
-        self._engine.view()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Plans, native handles and workspaces are made anew after a copy or a load."""
-        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._engine = Engine(self._modules, self.adapt_patterns, self.rates)
 
     # ------------------------------------------------------------------------------------------------- calls
     def forward(
@@ -188,10 +131,11 @@ class MAML(nn.Module):
             return out
         ran = self._run(tasks, "train", sinks=True, **settings)
         if not ran.call.sinks:
-            for p, g in self._gradients(ran, ran.results):
+            for key, p in self._trained(ran):
+                g = gradient_of(ran.results, key, p)
                 if g is not None:
                     p.grad = g if p.grad is None else p.grad.add_(g)
-        return self._output(ran)
+        return MetaOutput.of(ran.call, ran.results)
 
     def adapt(
         self,
@@ -261,25 +205,27 @@ class MAML(nn.Module):
         spec = spec.fitting(batch)
         weights = None if task_weights is None else options.check_task_weights(task_weights, len(batch))
         view = self._engine.view()
-        options.check_inputs(batch, view.like)
+        options.check_device(batch, view.like)
         runner = self._engine.runner(view, batch.support_x, spec)
+        options.check_inputs(batch, view.like, runner.opaque)
         options.check_targets(batch, self.loss, runner.output, outer=entry in ("halves", "adapt"))
         rates = self.rates.at(spec.steps, inner_lr, view)
-        numbers = self._numbers(step_weights, view.like)
+        numbers = self._numbers(step_weights, runner)
         strict = self.on_nonfinite == "raise"
         call = Call(batch, runner.leaf_values(given), rates, numbers, weights, entry == "halves", replay or {}, record, strict)
         if sinks:
             call.sinks = self._sinks(runner)
-        results = _without_autocast(runner.executor.forward, view, call)
+        results = without_autocast(view.like.device, runner.executor.forward, call)
         self._engine.ran = results.executor
         self._check_finite(results)
         return Ran(runner, call, results, view.parameters if given is None else given)
 
-    def _numbers(self, step_weights: list[float] | None, like: Tensor) -> dict[str, Tensor]:
-        out = {}
+    def _numbers(self, step_weights: list[float] | None, runner: Runner) -> dict[str, Tensor]:
+        out, like = {}, runner.view.like
         if step_weights is not None:
             out["step_weights"] = torch.tensor(step_weights, dtype=like.dtype, device=like.device)
         if self.class_weight is not None:
+            options.check_class_weight(self.class_weight, runner.output)
             out[CLASS_WEIGHT] = self.class_weight.to(like)
         return out
 
@@ -295,23 +241,11 @@ class MAML(nn.Module):
             out[key] = g
         return out
 
-    def _trained(self, ran: Ran) -> Iterator[tuple[str, Tensor]]:
-        """(name of the result, parameter or rate) of what the gradients are for."""
-        for key, name in ran.runner.gradients:
-            p = ran.parameters.get(name)
-            p = self.rates.values[name] if p is None else p
-            if p.requires_grad:
-                yield key, p
-
-    def _gradients(self, ran: Ran, results: Results) -> list[tuple[Tensor, Tensor | None]]:
-        """(parameter, its gradient): None where torch would give none. Rates of steps that did not run get zeros."""
-        out = []
-        for key, p in self._trained(ran):
-            g = results.values.get(key)
-            if g is not None and g.shape != p.shape:
-                g = torch.cat([g, torch.zeros_like(p[len(g) :])])
-            out.append((p, g))
-        return out
+    def _trained(self, ran: Ran) -> list[tuple[str, Tensor]]:
+        """(name of its gradient, parameter or rate) of what is trained."""
+        given, rates = ran.parameters, self.rates.values
+        named = [(key, given[name] if name in given else rates[name]) for key, name in ran.runner.gradients]
+        return [(key, p) for key, p in named if p.requires_grad]
 
     def _check_finite(self, results: Results) -> None:
         if not results.finite.all():
@@ -320,29 +254,15 @@ class MAML(nn.Module):
                 raise NonFiniteError(bad)
             warn_user(f"{len(bad)} task(s) with a loss or gradient that is not finite were left out: {bad[:8]}")
 
-    def _output(self, ran: Ran) -> MetaOutput:
-        values, call, finite = ran.results.values, ran.call, ran.results.finite
-        losses, logits = values.get("loss.query"), values["logits"]
-        loss = None
-        if losses is not None:
-            if losses.dim() == 2:
-                losses = losses @ call.weights["step_weights"][-losses.shape[1] :]
-            kept = losses if call.strict else torch.where(finite.to(losses.device), losses, 0.0)
-            loss = kept.mean() if call.task_weights is None else (kept * call.task_weights.to(kept)).sum()
-        support = values.get("loss.support")
-        if support is None:
-            support = logits.new_zeros(len(call.batch), 0)
-        precision = "highest" if logits.dtype is torch.float32 else "float64"
-        return MetaOutput(loss, logits, losses, support, finite, ran.results.executor, precision, call.batch, values.get("correct"))
-
     # ------------------------------------------------------------------------------------------------- what carries gradient
     def _call(self, tasks: Any, settings: dict[str, Any], outer_loss: Any, given: Mapping[str, Tensor] | None) -> MetaOutput:
         grad = torch.is_grad_enabled()
         if outer_loss is not None:
             return self._call_outer(tasks, settings, outer_loss, given, grad)
         ran = self._run(tasks, "train" if grad else "evaluate", given=given, **settings)
-        out = self._output(ran)
-        pairs = [(p, g) for p, g in self._gradients(ran, ran.results) if g is not None] if grad else None
+        out = MetaOutput.of(ran.call, ran.results)
+        trained = self._trained(ran) if grad else ()
+        pairs = [(p, g) for key, p in trained if (g := gradient_of(ran.results, key, p)) is not None]
         if pairs:
             parameters, gradients = zip(*pairs, strict=True)
             tensors = (out.loss, out.joined_logits, out.task_losses, out.support_losses)
@@ -357,14 +277,15 @@ class MAML(nn.Module):
         if self.step_loss_weights is not None:
             raise ValueError("step_loss_weights and outer_loss together: the multi-step loss needs one of the built-in losses")
         ran = self._run(tasks, "halves" if grad else "evaluate", given=given, **settings)
-        batch, out = ran.call.batch, self._output(ran)
-        parameters = [p for _, p in self._trained(ran)] if grad else []
+        batch, out = ran.call.batch, MetaOutput.of(ran.call, ran.results)
+        trained = self._trained(ran) if grad else []
+        parameters = [p for _, p in trained]
 
         def reverse(dlogits: Tensor) -> list[Tensor | None]:
             split = list(dlogits.split(list(batch.query_sizes)))
-            results = _without_autocast(ran.runner.executor.reverse, ran.runner.view, ran.results.state, split)
+            results = without_autocast(dlogits.device, ran.runner.executor.reverse, ran.results.state, split)
             self._check_finite(results)
-            return [g for _, g in self._gradients(ran, results)]
+            return [gradient_of(results, key, p) for key, p in trained]
 
         logits = OuterLogits.apply((out.joined_logits,), reverse, *parameters) if parameters else out.joined_logits
         loss = outer_loss(per_task(logits, batch.query_sizes), per_task(batch.query_y, batch.query_sizes))
@@ -389,12 +310,3 @@ class MAML(nn.Module):
         weights = {name: values[f"adapted.{name}"] for name in view.adapted if f"adapted.{name}" in values}
         others = {name: v.detach().clone() for name, v in ran.call.leaves.items() if name not in weights}
         return AdaptedModel(predict, weights, others, batch, support_losses)
-
-
-def _without_autocast(run: Callable[..., Results], view: ModelView, *args: Any) -> Results:
-    device = view.like.device.type
-    if not torch.is_autocast_enabled(device):
-        return run(*args)
-    warn_user("autocast is ignored: fastmaml runs in its own precision (see precision=)")
-    with torch.autocast(device, enabled=False):
-        return run(*args)

@@ -99,13 +99,18 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
-def check_inputs(batch: TaskBatch, like: Tensor) -> None:
-    """Devices and dtypes, before anything is built."""
+def check_device(batch: TaskBatch, like: Tensor) -> None:
     if batch.support_x.device != like.device:
         raise ValueError(f"the tasks are on {batch.support_x.device}, the model on {like.device}: move one of them (tasks.to(...))")
+
+
+def check_inputs(batch: TaskBatch, like: Tensor, tokens: bool) -> None:
+    """``tokens``: whether integers may be meant as they are, for an embedding."""
     for name, x in (("support_x", batch.support_x), ("query_x", batch.query_x)):
-        if x.dtype is not like.dtype and (x.is_complex() or x.dtype in (torch.bool, torch.float16, torch.bfloat16)):
-            raise TypeError(f"{name} is {x.dtype}: expected {like.dtype} (bytes are converted as they are)")
+        if x.dtype is like.dtype or x.dtype in (torch.float32, torch.float64, torch.uint8):
+            continue
+        if not tokens or x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} is {x.dtype}: expected {like.dtype} (x.to({like.dtype}); bytes are converted as they are)")
 
 
 def check_targets(batch: TaskBatch, loss: Loss, output: tuple[int, ...], outer: bool) -> None:
@@ -162,6 +167,11 @@ def support_batch(support_x: object, support_y: object, ways: object) -> TaskBat
             raise ValueError(f"support_x has {len(support_x)} tasks, support_y {len(support_y)}: expected one tensor per task in each")
         return TaskBatch.from_tasks([(x, y, x, y) for x, y in zip(support_x, support_y, strict=True)], ways)
     return TaskBatch.from_tensors(support_x, support_y, support_x, support_y, ways)
+
+
+def check_class_weight(weight: Tensor, output: tuple[int, ...]) -> None:
+    if tuple(weight.shape) != output:
+        raise ValueError(f"loss=CrossEntropyLoss(weight=...) has weights of shape {list(weight.shape)}, the model {output[0]} outputs: give one weight per output")
 
 
 def check_task_weights(weights: object, tasks: int) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.batch import TaskBatch
+from fastmaml.executors.call import Call, Results
 
 
 class NonFiniteError(FloatingPointError):
@@ -38,7 +39,7 @@ class MetaOutput:
     executor, precision   what ran
     """
 
-    loss: Tensor
+    loss: Tensor | None
     joined_logits: Tensor
     task_losses: Tensor | None
     support_losses: Tensor
@@ -47,6 +48,21 @@ class MetaOutput:
     precision: str
     batch: TaskBatch
     correct: Tensor | None = None
+
+    @classmethod
+    def of(cls, call: Call, results: Results) -> MetaOutput:
+        values, finite = results.values, results.finite
+        losses, logits, loss = values.get("loss.query"), values["logits"], None
+        if losses is not None:
+            if losses.dim() == 2:  # [tasks, steps + 1]: the multi-step loss
+                losses = losses @ call.weights["step_weights"][-losses.shape[1] :]
+            kept = losses if call.strict else torch.where(finite.to(losses.device), losses, 0.0)
+            loss = kept.mean() if call.task_weights is None else (kept * call.task_weights.to(kept)).sum()
+        support = values.get("loss.support")
+        if support is None:
+            support = logits.new_zeros(len(call.batch), 0)
+        precision = "highest" if logits.dtype is torch.float32 else "float64"
+        return cls(loss, logits, losses, support, finite, results.executor, precision, call.batch, values.get("correct"))
 
     @property
     def logits(self) -> Tensor | tuple[Tensor, ...]:
@@ -70,6 +86,14 @@ def per_task(rows: Tensor, sizes: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
     if all(n == sizes[0] for n in sizes):
         return rows.unflatten(0, (len(sizes), sizes[0]))
     return rows.split(list(sizes))
+
+
+def gradient_of(results: Results, key: str, parameter: Tensor) -> Tensor | None:
+    """None where torch would give none. Rates of steps that did not run get zeros."""
+    g = results.values.get(key)
+    if g is not None and g.shape != parameter.shape:
+        g = torch.cat([g, torch.zeros_like(parameter[len(g) :])])
+    return g
 
 
 def correct_of(logits: Tensor, batch: TaskBatch) -> Tensor:

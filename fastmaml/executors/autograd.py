@@ -31,7 +31,7 @@ from fastmaml.executors.torch_kernels import KERNELS
 from fastmaml.plan.instructions import Instruction, Plan, Ref
 from fastmaml.program import Program, ProgramBuilder
 
-_turn = threading.RLock()
+turn = threading.RLock()  # who has a module's parameters in its hands
 HALF, KEPT, QUERY_STATE, USED = (("module", i) for i in range(4))  # kept with a task's buffers
 
 
@@ -67,7 +67,7 @@ class Opaque:
     def running(self) -> Iterator[None]:
         """What the module needs to have a double backward, and to be alone."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_turn)
+            stack.enter_context(turn)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
