@@ -18,6 +18,9 @@ SECOND = "fastmaml gives the meta-gradient, not its own derivative: backward wit
 OTHERS = "only out.loss carries gradient; for a loss of your own on the logits pass outer_loss=fn(logits, query_y) to maml(...)"
 
 
+graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 class MetaLoss(torch.autograd.Function):
     """(loss, *others) of a meta-iteration, with the gradients of the loss. ``others`` refuse to be differentiated."""
 
@@ -34,8 +37,12 @@ class MetaLoss(torch.autograd.Function):
         if any(d is not None for d in others):
             raise RuntimeError(OTHERS)
         if dloss is None:
-            return (None,) * (2 + len(ctx.gradients))
+            return (None,) * len(ctx.needs_input_grad)
         gradients = ctx.gradients
+        if gradients is None:
+            raise RuntimeError("a second backward through one meta-iteration: pass retain_graph=True to the first")
+        if not graph_is_kept():
+            ctx.gradients = None  # nobody else holds them, so torch makes them .grad without a copy
         if dloss.device.type != "cpu" or dloss.item() != 1.0:  # reading it would wait for a GPU
             gradients = [g * dloss for g in gradients]
         return None, None, *gradients

@@ -678,7 +678,7 @@ def test_state_goes_round(inside: bool) -> None:
     b.load_state_dict(torch.load(file, weights_only=True))
     assert all(torch.equal(v, b.state_dict()[n]) for n, v in a.state_dict().items())
     inner = b[0] if inside else b
-    assert float(inner.rates.values["inner_lr"]) == pytest.approx(0.1)
+    assert inner.rates.values["inner_lr"].item() == pytest.approx(0.1)
     assert inner(classify()).loss.item() == (a[0] if inside else a)(classify()).loss.item()
 
 
@@ -712,7 +712,7 @@ def test_copies(way: str, used: bool) -> None:
     with torch.no_grad():
         for p in other.parameters():
             p.add_(1.0)
-    assert float(other(tasks).loss) != maml(tasks).loss.item()
+    assert other(tasks).loss.item() != maml(tasks).loss.item()
     assert [n for n, _ in other.named_parameters()] == [n for n, _ in maml.named_parameters()]
 
 

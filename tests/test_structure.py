@@ -27,10 +27,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom to the top. A module imports from its own room and from the rooms below it.
 ROOMS = (
     {"program", "batch"},
-    {"nn", "_trace", "trace", "tasks", "machine", "options", "output", "watch"},
+    {"nn", "_trace", "trace", "tasks", "machine", "options", "watch"},
     {"plan", "parameterisation", "rates"},
     {"executors"},
-    {"autograd", "adapted", "engine", "plain_loop"},
+    {"autograd", "adapted", "engine", "output", "plain_loop", "state"},
     {"maml", "diagnostics"},
     {"functional"},
     {"training", "compat", "cli", "__main__", "__init__"},

@@ -248,6 +248,8 @@ struct Shared {
     std::vector<int64_t> current{};  // the chunk that each team works on
     std::vector<char> begun{};       // chunks that summed at least one task
     std::atomic<bool> finite{true};
+    std::atomic<bool> ready{false};    // a small Plan: packed, the others may begin
+    std::atomic<int64_t> done{0};      // chunks
     std::atomic<bool> bad{false};
     std::atomic<bool> again{false};  // a batch phase found tasks whose own share of a sum is not finite
 };
@@ -356,7 +358,10 @@ static void run_tasks(Shared& s, int team, int part) {
             }
             w.barrier->wait();
         }
-        if (part == 0) s.begun[chunk] = begun;
+        if (part == 0) {
+            s.begun[chunk] = begun;
+            s.done.fetch_add(1, std::memory_order_release);
+        }
         w.barrier->wait();
     }
 }
@@ -375,9 +380,24 @@ static void reduce(Shared& s, int part, int parts) {
     }
 }
 
-static void run_thread(Shared& s, int me, int n) {
+// The outputs, unless the caller has to run again or must not have them.
+static void deliver(Shared& s, int me, int n) {
+    if (s.again.load() || (!s.finite.load() && !s.run.careful)) return;  // the caller runs it again
+    if (s.run.strict)
+        for (int64_t t = 0; t < s.run.tasks; ++t)
+            if (!s.run.finite[t]) return;
+    for (size_t i = 0; i < s.plan.outputs.size(); ++i)
+        if (s.run.outputs[i]) unpack(s.plan.outputs[i], s.run.outputs[i], s.run.add_to_outputs, s.run, me, n);
+}
+
+static void pack_inputs(Shared& s, int me, int n) {
     if (s.run.half == 0)
         for (size_t i = 0; i < s.plan.inputs.size(); ++i) pack(s.plan.inputs[i], s.run.inputs[i], s.run, s.tier, me, n);
+}
+
+// Every thread does its share of everything, with barriers between.
+static void run_thread(Shared& s, int me, int n) {
+    pack_inputs(s, me, n);
     s.all->wait();
     run_outside(s, false, me, n);
     if (me / s.shape.team < s.shape.workers) run_tasks(s, me / s.shape.team, me % s.shape.team);
@@ -386,12 +406,41 @@ static void run_thread(Shared& s, int me, int n) {
     reduce(s, me, n);
     s.all->wait();
     run_outside(s, true, me, n);
-    if (s.again.load() || (!s.finite.load() && !s.run.careful)) return;  // the caller runs it again
-    if (s.run.strict)
-        for (int64_t t = 0; t < s.run.tasks; ++t)
-            if (!s.run.finite[t]) return;
-    for (size_t i = 0; i < s.plan.outputs.size(); ++i)
-        if (s.run.outputs[i]) unpack(s.plan.outputs[i], s.run.outputs[i], s.run.add_to_outputs, s.run, me, n);
+    deliver(s, me, n);
+}
+
+template <class F>
+static void spin_until(F done) {
+    for (int spins = 0; !done(); ++spins) {
+        if (spins > 2048) sched_yield();
+#ifdef FASTMAML_X86
+        __builtin_ia32_pause();
+#endif
+    }
+}
+
+// A Plan whose weights are small: the first thread does all that is not a task, and waits for nobody to wake up; the others help with the tasks.
+static bool is_small(const Plan& plan, const Shape& shape) {
+    for (const Phase& phase : plan.phases)
+        if (phase.scope == Scope::kBatch) return false;
+    return shape.team == 1 && plan.meta_bytes <= 256 * 1024;
+}
+
+static void run_small(Shared& s, int me) {
+    if (me == 0) {
+        pack_inputs(s, 0, 1);
+        run_outside(s, false, 0, 1);
+        s.ready.store(true, std::memory_order_release);
+    } else {
+        spin_until([&] { return s.ready.load(std::memory_order_acquire); });
+    }
+    if (me < s.shape.workers) run_tasks(s, me, 0);
+    if (me != 0) return;
+    spin_until([&] { return s.done.load(std::memory_order_acquire) == s.shape.chunks; });
+    if (s.run.half != s.plan.halves - 1) return;
+    reduce(s, 0, 1);
+    run_outside(s, true, 0, 1);
+    deliver(s, 0, 1);
 }
 
 static bool written(const Shared& s) { return !s.again.load() && (s.finite.load() || s.run.careful); }
@@ -404,23 +453,29 @@ bool execute(const Plan& plan, const Run& run, const Tier& tier) {
     const int threads = 1;
 #endif
     Shared s{plan, run, tier};
-    auto prepare = [&](int given) {  // the workspace is laid out for run.threads; fewer may have come
+    auto prepare = [&](int given, int meet) {  // the workspace is laid out for run.threads; fewer may have come
         s.shape = shape_of(run.tasks, given);
-        s.all.reset(new Barrier(given));
+        s.all.reset(new Barrier(meet));
         for (int i = 0; i < s.shape.workers; ++i) s.teams.emplace_back(new Barrier(s.shape.team));
         s.current.assign(s.shape.workers, 0);
         s.begun.assign(s.shape.chunks, 0);
     };
     if (threads == 1) {
-        prepare(1);
+        prepare(1, 1);
         run_thread(s, 0, 1);
         return written(s);
     }
 #ifdef _OPENMP
+    if (is_small(plan, shape_of(run.tasks, threads))) {
+        prepare(threads, 1);
+#pragma omp parallel num_threads(threads)
+        run_small(s, omp_get_thread_num());
+        return written(s);
+    }
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp single
-        prepare(omp_get_num_threads());
+        prepare(omp_get_num_threads(), omp_get_num_threads());
         run_thread(s, omp_get_thread_num(), omp_get_num_threads());
     }
 #endif
