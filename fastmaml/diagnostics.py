@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmaml import options
 from fastmaml.batch import TaskBatch
-from fastmaml.executors.autograd import is_opaque
+from fastmaml.executors.opaque import is_opaque
 from fastmaml.executors.call import Results
 from fastmaml.plain_loop import PlainLoop
 

@@ -18,8 +18,8 @@ from torch import device as Device
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors import Executor, choose
-from fastmaml.executors.autograd import opaque_program, turn
 from fastmaml.executors.call import Results
+from fastmaml.executors.opaque import opaque_program, turn
 from fastmaml.plan import Arrangement, build_plan
 from fastmaml.program import Loss, Program
 from fastmaml.rates import InnerRates

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmaml import options as checks
-from fastmaml.executors.autograd import turn
+from fastmaml.executors.opaque import turn
 from fastmaml.maml import MAML
 from fastmaml.output import MetaOutput
 

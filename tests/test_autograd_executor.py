@@ -150,13 +150,14 @@ def test_two_outer_losses_before_backward() -> None:
     assert distance(first, truth) <= 1e-10 and distance(grads(maml), truth) <= 1e-10
 
 
+WEIGHT = torch.tensor([1.0, 2.0, 3.0, 4.0])
 OPTIONS = {
     "first order": ({"first_order": True}, {"first_order": True}),
     "sum": ({"reduction": "sum", "inner_lr": 0.01}, {"lr": 0.01, "loss": lambda z, y: F.cross_entropy(z, y, reduction="sum")}),
     "memory": ({"memory": "fast"}, {}),
     "adapt": ({"adapt": "3.*"}, {"adapt": "3.*"}),
     "adapt body": ({"adapt": "0.*"}, {"adapt": "0.*"}),
-    "smoothing": ({"loss": nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0, 4.0]), label_smoothing=0.1)}, {"loss": lambda z, y: F.cross_entropy(z, y, torch.tensor([1.0, 2.0, 3.0, 4.0]).to(z), label_smoothing=0.1)}),
+    "smoothing": ({"loss": nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1)}, {"loss": lambda z, y: F.cross_entropy(z, y, WEIGHT.to(z), label_smoothing=0.1)}),
 }
 
 
@@ -184,7 +185,6 @@ def test_learned_rates(net: str, rates, first_order: bool) -> None:
 def test_multi_step_loss_without_chance() -> None:
     maml, tasks = made("dropout", step_loss_weights=[0.1, 0.2, 0.3, 0.4])
     maml.eval()
-    agrees(maml, tasks, step_weights=[0.1, 0.2, 0.3, 0.4], call=lambda: maml(tasks)) if maml.backend == "autograd" else None
     forced = MAML(maml.model, inner_lr=0.1, inner_steps=3, step_loss_weights=[0.1, 0.2, 0.3, 0.4], backend="autograd")
     agrees(forced, tasks, step_weights=[0.1, 0.2, 0.3, 0.4])
 

@@ -248,8 +248,8 @@ struct Shared {
     std::vector<int64_t> current{};  // the chunk that each team works on
     std::vector<char> begun{};       // chunks that summed at least one task
     std::atomic<bool> finite{true};
-    std::atomic<bool> ready{false};    // a small Plan: packed, the others may begin
-    std::atomic<int64_t> done{0};      // chunks
+    std::atomic<bool> ready{false};  // a small Plan: packed, the others may begin
+    std::atomic<int64_t> done{0};    // chunks
     std::atomic<bool> bad{false};
     std::atomic<bool> again{false};  // a batch phase found tasks whose own share of a sum is not finite
 };
@@ -419,7 +419,8 @@ static void spin_until(F done) {
     }
 }
 
-// A Plan whose weights are small: the first thread does all that is not a task, and waits for nobody to wake up; the others help with the tasks.
+// A Plan whose weights are small: the first thread does all that is not a task, and waits for nobody to wake up; the
+// others help with the tasks.
 static bool is_small(const Plan& plan, const Shape& shape) {
     for (const Phase& phase : plan.phases)
         if (phase.scope == Scope::kBatch) return false;

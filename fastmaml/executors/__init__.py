@@ -6,8 +6,9 @@ from torch import device as Device  # `torch` itself is this package's submodule
 from torch import dtype as DType
 from torch import float32
 
-from fastmaml.executors.autograd import AutogradExecutor, is_opaque
+from fastmaml.executors.autograd import AutogradExecutor
 from fastmaml.executors.cpu import CpuExecutor
+from fastmaml.executors.opaque import is_opaque
 from fastmaml.executors.torch import TorchExecutor
 from fastmaml.plan.instructions import Plan
 

@@ -6,8 +6,9 @@
     module_jvp       g = J^T dz with create_graph, then its double backward in direction u: the whole Hessian-vector product, loss included
     module_bwd_jvp   hands that product over
 
-The graph of the last inner step is kept, as its Hessian-vector product follows at once. So where the Plan has zt = J u and what the loss makes of it, there is nothing left to compute: zt stands for <g, u>, the loss's tangent, which is what a
-learned rate reads. Double backward, not forward-mode AD: it exists for every module that the plain training loop already runs.
+Where the Plan has zt = J u and what the loss makes of it, there is nothing left to compute: zt stands for <g, u>, the loss's tangent, which is what a
+learned rate reads. The graph of the last inner step is kept, as its Hessian-vector product follows at once. Double backward, not forward-mode AD: it
+exists for every module that the plain training loop already runs.
 
 Buffers (running statistics) are cloned, random numbers replayed, attention goes through its math kernel, tasks run one after another. A module holds its
 parameters while it runs, so calls of several threads take turns.
@@ -15,114 +16,20 @@ parameters while it runs, so calls of several threads take turns.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from fastmaml.executors.call import Call, Results
+from fastmaml.executors.opaque import Opaque, inputs_of
 from fastmaml.executors.torch import Key, Task, TorchExecutor
 from fastmaml.executors.torch_kernels import KERNELS
 from fastmaml.plan.instructions import Instruction, Plan, Ref
-from fastmaml.program import Program, ProgramBuilder
 
-turn = threading.RLock()  # who has a module's parameters in its hands
 HALF, KEPT, QUERY_STATE, USED = (("module", i) for i in range(4))  # kept with a task's buffers
-
-
-class Opaque:
-    """A module as a function of its parameters, which leaves the module's own state alone. ``batchnorm``: see ``trace``."""
-
-    def __init__(self, model: nn.Module, batchnorm: str | None) -> None:
-        self.model = model
-        index = {id(p): i for i, p in enumerate(model.parameters())}
-        tables = [m._parameters for m in model.modules()]
-        self.places = [(table, key, index[id(p)]) for table in tables for key, p in table.items() if p is not None]
-        self.buffers = [m._buffers for m in model.modules() if m._buffers]
-        self.norms = _norms(model, batchnorm)
-        self.recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-
-    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        own = [(table, key, table[key]) for table, key, _ in self.places]  # functional_call does the same, ten times slower
-        own += [(table, key, b) for table in self.buffers for key, b in table.items()]
-        own += [(vars(norm), "training", norm.training) for norm, _ in self.norms]
-        try:
-            for table, key, i in self.places:
-                table[key] = parameters[i]
-            for table in self.buffers:
-                table.update({key: b.clone() for key, b in table.items() if b is not None})
-            for norm, training in self.norms:
-                norm.training = training
-            return self.model(x)
-        finally:
-            for table, key, value in own:
-                table[key] = value
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """What the module needs to have a double backward, and to be alone."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(turn)
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if self.recurrent:  # the fused layers of oneDNN and cuDNN have none
-                for library in ("mkldnn", "cudnn"):  # torch.backends.*.flags would set TF32 as well
-                    switch = getattr(torch._C, f"_set_{library}_enabled")
-                    stack.callback(switch, getattr(torch._C, f"_get_{library}_enabled")())
-                    switch(False)
-            yield
-
-
-def opaque_program(model: nn.Module, sample: Tensor, batchnorm: str | None) -> Program:
-    """A Program with one op for the whole ``model``. ``sample`` [n, ...]: a row of it is run, to learn the shape of the output."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("a scripted module hides its parameters: pass the nn.Module that it was made from")
-    function, parameters = Opaque(model, batchnorm), dict(model.named_parameters())
-    rows = _inputs(sample[[0, -1]], next(iter(parameters.values())).dtype)
-    try:
-        with function.running(), torch.random.fork_rng([rows.device] if rows.is_cuda else []):
-            y = function(list(parameters.values()), rows)
-    except Exception as error:
-        shape = list(sample.shape[1:])
-        raise ValueError(f"the model cannot run on samples of shape {shape} ({sample.dtype}): {type(error).__name__}: {error}") from error
-    if not isinstance(y, Tensor) or y.dim() < 2 or len(y) != 2 or not y.is_floating_point():
-        got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"the model returns {got} for 2 samples: expected a tensor [n, outputs] of floating-point numbers")
-    builder = ProgramBuilder(tuple(sample.shape[1:]))
-    leaves = [builder.leaf(n, tuple(p.shape), "outer") for n, p in parameters.items()]
-    return builder.build(builder.op("module", 0, *leaves, function=function, leaves=tuple(parameters), shape=tuple(y.shape[1:])))
-
-
-def _norms(model: nn.Module, batchnorm: str | None) -> list[tuple[nn.Module, bool]]:
-    """The batch normalisations, and whether each takes the statistics of its batch."""
-    out = []
-    for name, m in model.named_modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            layer, tracked = f"layer {name!r} ({type(m).__name__})", m.running_mean is not None
-            if batchnorm == "support":
-                raise ValueError(f"batchnorm='support' needs a model that can be traced; here {layer} runs on the autograd executor: choose 'batch' or 'running'")
-            if batchnorm == "running" and not tracked:
-                raise ValueError(f"batchnorm='running', but {layer} has no running statistics: say batchnorm='batch', or build it with track_running_stats=True")
-            if batchnorm is None and tracked and not m.training:
-                raise ValueError(f"{layer} is in eval mode and has running statistics: say batchnorm='batch' or batchnorm='running', or call model.train()")
-            out.append((m, batchnorm == "batch" or (batchnorm is None and m.training)))
-    return out
-
-
-def _inputs(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images of bytes become floats; other integers are the model's business (tokens of an embedding)."""
-    return x.to(dtype) if x.is_floating_point() or x.dtype is torch.uint8 else x
-
-
-def is_opaque(plan: Plan) -> bool:
-    """Whether a Plan is of a whole module."""
-    return any(instr.kernel.startswith("module_") for _, instr in plan.instructions())
 
 
 @dataclass
@@ -202,7 +109,7 @@ class AutogradExecutor(TorchExecutor):
         data = call.batch.task(t)
         for name, x in (("x.support", data[0]), ("x.query", data[2])):
             if name in self.plan.buffers:
-                task.env[name, 0] = _inputs(x, self.dtype)
+                task.env[name, 0] = inputs_of(x, self.dtype)
         for key, value in task.env.items():
             if isinstance(value, Tensor) and value.is_inference():  # autograd saves none of these
                 task.env[key] = value.clone()
@@ -268,7 +175,16 @@ class AutogradExecutor(TorchExecutor):
         return graph.y, graph
 
     # ------------------------------------------------------------------------------------------------------- backward
-    def _grad(self, task: Task, instr: Instruction, ys: Sequence[Tensor | None], dys: Sequence[Tensor], graph: Graph, asked: Sequence[int], **options: Any):
+    def _grad(
+        self,
+        task: Task,
+        instr: Instruction,
+        ys: Sequence[Tensor | None],
+        dys: Sequence[Tensor],
+        graph: Graph,
+        asked: Sequence[int],
+        **options: Any,
+    ) -> dict[int, Tensor | None]:
         """By number of the parameter: the gradient of the parameters ``asked`` for, None where nothing reads one."""
         pairs = [(y, d) for y, d in zip(ys, dys, strict=True) if y is not None and y.requires_grad]
         if not pairs or not asked:
@@ -300,7 +216,8 @@ class AutogradExecutor(TorchExecutor):
         gradients = [graph.gradients[i] for i in moved]
         tangent = None
         if self.tangent:
-            tangent = sum((torch.sum(g.detach() * u) for g, u in zip(gradients, moved.values(), strict=True) if g is not None), dy.new_zeros(()))
+            pairs = [(g.detach(), u) for g, u in zip(gradients, moved.values(), strict=True) if g is not None]
+            tangent = sum((torch.sum(g * u) for g, u in pairs), dy.new_zeros(()))
         asked = [i for i, ref in enumerate(instr.outputs[1:]) if ref is not None]
         product = self._grad(task, instr, gradients, list(moved.values()), graph, asked)
         return tangent, *self._filled(graph, product, instr.outputs[1:])

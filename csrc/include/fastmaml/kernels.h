@@ -1,8 +1,10 @@
-// Every CPU kernel: one function per <op>_<mode>, its operands in the order of the Plan (inputs, then outputs) and its formula.
+// Every CPU kernel: one function per <op>_<mode>, its operands in the order of the Plan (inputs, then outputs) and its
+// formula.
 //
-// A trailing ? marks an operand that may be absent (null): as an input it counts as zero, as an output it is not wanted. Shapes: x [n, in],
-// w packed [out, in], vectors [c] padded to kLane. "sizes" are Instruction::sizes, "numbers" Instruction::numbers. Row kernels see one block of
-// rows; reductions write on the first block and add on later ones. A team member does the share `part` of `parts`.
+// A trailing ? marks an operand that may be absent (null): as an input it counts as zero, as an output it is not
+// wanted. Shapes: x [n, in], w packed [out, in], vectors [c] padded to kLane. "sizes" are Instruction::sizes, "numbers"
+// Instruction::numbers. Row kernels see one block of rows; reductions write on the first block and add on later ones. A
+// team member does the share `part` of `parts`.
 #pragma once
 #include "fastmaml/plan.h"
 
@@ -15,10 +17,10 @@ struct Task {
 struct Call {
     void* operands[kMaxOperands];
     int64_t row_stride[kMaxOperands];  // bytes
-    int64_t n;        // rows of this block
-    int64_t row0;     // its first row
-    int64_t n_total;  // rows of the extent
-    bool first, last; // block
+    int64_t n;                         // rows of this block
+    int64_t row0;                      // its first row
+    int64_t n_total;                   // rows of the extent
+    bool first, last;                  // block
     int part, parts;
     const int64_t* sizes;
     const float* numbers;
