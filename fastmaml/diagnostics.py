@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmaml import options
 from fastmaml.batch import TaskBatch
-from fastmaml.executors.opaque import is_opaque
 from fastmaml.executors.call import Results
+from fastmaml.executors.opaque import is_opaque
 from fastmaml.plain_loop import PlainLoop
 
 BOUND = 3e-5  # of a float32 meta-gradient whose decisions are those of the truth (DESIGN.md, section 5)
