@@ -20,7 +20,7 @@ from fastmaml.batch import TaskBatch
 from fastmaml.executors import Executor, choose
 from fastmaml.executors.call import Results
 from fastmaml.executors.opaque import opaque_program, turn
-from fastmaml.plan import Arrangement, build_plan
+from fastmaml.plan import Arrangement, Plan, build_plan
 from fastmaml.program import Loss, Program
 from fastmaml.rates import InnerRates
 from fastmaml.trace import TraceError, trace
@@ -109,6 +109,7 @@ class Engine:
             memory = "constant" if program.ops[-1].name == "module" else spec.memory  # nobody but torch knows a module's activations
             a = Arrangement(spec.steps, spec.loss, rates, spec.first_order, spec.entry, query_from, memory, spec.record, spec.support_rows)
             plan = build_plan(_adapted_as_given(program) if spec.entry == "predict" else program, a)
+            _check_plan(plan, program)
             runner = Runner(view, program, choose(spec.backend, plan, view.like.dtype, view.like.device))
             self._runners[key] = runner
             while len(self._runners) > PLANS:
@@ -136,6 +137,16 @@ class Engine:
                 self._warned.add(message)
                 warn_user(message)
             return program
+
+
+def _check_plan(plan: Plan, program: Program) -> None:
+    """A parameter whose name the Plan uses for something else, or that it forgets, would be silently wrong."""
+    written = {ref.buffer for _, instr in plan.instructions() for ref in instr.writes()} | {r.target for r in plan.reductions}
+    for leaf in program.leaves:
+        if leaf.name in written:
+            raise ValueError(f"the parameter {leaf.name!r} of the model has a name that fastmaml uses in its Plans: rename it, or its module")
+        if plan.reductions and leaf.role != "const" and f"grad.{leaf.name}" not in plan.results:
+            raise NotImplementedError(f"the Plan of this model has no gradient of {leaf.name!r}: use backend='autograd', and please report the model")
 
 
 def _adapted_as_given(program: Program) -> Program:

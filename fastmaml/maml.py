@@ -270,18 +270,18 @@ class MAML(Trained):
         return out
 
     def _call_outer(self, tasks: Any, settings: dict[str, Any], outer_loss: Any, given: Mapping[str, Tensor] | None, grad: bool) -> MetaOutput:
-        if not callable(outer_loss):
-            raise TypeError(f"outer_loss={outer_loss!r}: expected a function of (logits, query_y)")
-        if settings["task_weights"] is not None:
-            raise ValueError("task_weights and outer_loss together: weigh the tasks inside outer_loss")
-        if self.step_loss_weights is not None:
-            raise ValueError("step_loss_weights and outer_loss together: the multi-step loss needs one of the built-in losses")
+        options.check_outer_loss(outer_loss, settings["task_weights"], self.step_loss_weights)
         ran = self._run(tasks, "halves" if grad else "evaluate", given=given, **settings)
         batch, out = ran.call.batch, MetaOutput.of(ran.call, ran.results)
         trained = self._trained(ran) if grad else []
         parameters = [p for _, p in trained]
+        used = {**ran.call.leaves, **ran.call.rates, "support_x": batch.support_x, "support_y": batch.support_y, "query_x": batch.query_x}
+        versions = {name: v._version for name, v in used.items() if not v.is_inference()}
 
         def reverse(dlogits: Tensor) -> list[Tensor | None]:
+            changed = [name for name, version in versions.items() if used[name]._version != version]
+            if changed:
+                raise RuntimeError(f"{changed[0]} was changed in place between forward and backward: call backward first, or pass a copy to maml(...)")
             split = list(dlogits.split(list(batch.query_sizes)))
             results = without_autocast(dlogits.device, ran.runner.executor.reverse, ran.results.state, split)
             self._check_finite(results)
@@ -289,9 +289,7 @@ class MAML(Trained):
 
         logits = OuterLogits.apply((out.joined_logits,), reverse, *parameters) if parameters else out.joined_logits
         loss = outer_loss(per_task(logits, batch.query_sizes), per_task(batch.query_y, batch.query_sizes))
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise ValueError(f"outer_loss returned {got}: expected a scalar tensor")
+        options.check_scalar(loss)
         out.loss, out.task_losses = loss, None
         if self.loss.name == "cross_entropy" and out.correct is None and options.are_labels(batch.query_y):
             out.correct = correct_of(logits.detach(), batch)

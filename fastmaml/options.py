@@ -174,6 +174,21 @@ def check_class_weight(weight: Tensor, output: tuple[int, ...]) -> None:
         raise ValueError(f"loss=CrossEntropyLoss(weight=...) has weights of shape {list(weight.shape)}, the model {output[0]} outputs: give one weight per output")
 
 
+def check_outer_loss(outer_loss: object, task_weights: object, step_loss_weights: object) -> None:
+    if not callable(outer_loss):
+        raise TypeError(f"outer_loss={outer_loss!r}: expected a function of (logits, query_y)")
+    if task_weights is not None:
+        raise ValueError("task_weights and outer_loss together: weigh the tasks inside outer_loss")
+    if step_loss_weights is not None:
+        raise ValueError("step_loss_weights and outer_loss together: the multi-step loss needs one of the built-in losses")
+
+
+def check_scalar(loss: object) -> None:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"outer_loss returned {got}: expected a scalar tensor")
+
+
 def check_task_weights(weights: object, tasks: int) -> Tensor | None:
     """[tasks] float64 on the CPU, or None."""
     if weights is None:

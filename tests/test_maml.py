@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 import warnings
+from operator import attrgetter
 
 import pytest
 import torch
@@ -377,12 +378,18 @@ def test_inputs_changed_between_forward_and_backward() -> None:
     assert distance(grads(maml.model), expected) <= 3e-6
 
 
-@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpu)])
-def test_inputs_changed_before_the_reverse_half(backend: str) -> None:
-    maml, tasks = made((backend, torch.float32)), [v.clone() for v in classify()]
+@backends
+@pytest.mark.parametrize("what", ["support_x", "support_y", "query_x", "parameter", "rate"])
+def test_changes_before_the_reverse_half(how, what: str) -> None:
+    """As torch: what backward still needs must not have changed."""
+    maml = made(how, learn_inner_lr=True)
+    tasks = [v.to(how[1]) if v.is_floating_point() else v.clone() for v in classify()]
     out = maml(tasks, outer_loss=lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()))
-    tasks[0].zero_()
-    with pytest.raises(RuntimeError, match=r"changed in place between forward and backward"):
+    with torch.no_grad():
+        changed = {"parameter": maml.model[0].weight, "rate": maml.rates.values["inner_lr"]}
+        changed |= dict(zip(("support_x", "support_y", "query_x"), tasks[:3], strict=True))
+        changed[what].zero_()
+    with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
         out.loss.backward()
     assert all(p.grad is None for p in maml.parameters())
 
@@ -572,6 +579,65 @@ def test_tied_weights(how) -> None:
     module = maml.adapt(*tasks[:2]).module(1)
     assert module.a.weight is module.b.weight
     assert copy.deepcopy(maml).model.b.weight is not maml.model.b.weight
+
+
+class Named(nn.Module):
+    """Two layers whose weights have the names ``first`` and ``second``."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.names = first, second
+        for name, shape in ((first, (8, 3)), (second, (4, 8))):
+            *path, last = name.split(".")
+            holder = self
+            for part in path:
+                holder.add_module(part, nn.Module())
+                holder = getattr(holder, part)
+            holder.register_parameter(last, nn.Parameter(torch.randn(shape) * 0.3))
+
+    def forward(self, x):
+        first, second = attrgetter(*self.names)(self)
+        return F.linear(F.linear(x, first).tanh(), second)
+
+
+CLASHES = [("weight", "g.weight"), ("w", "theta.w"), ("w", "theta_bar.w"), ("w", "u.w"), ("w", "grad.w"), ("w", "logits"), ("w", "correct"), ("w", "loss.query")]
+
+
+@backends
+@pytest.mark.parametrize("names", CLASHES, ids=".".join)
+def test_names_that_the_plan_uses_itself(how, names: tuple[str, str]) -> None:
+    """Right, or refused: never silently wrong."""
+    maml = made(how, Named(*names))
+    try:
+        agrees(maml, classify())
+    except ValueError as error:
+        assert repr(names[1]) in str(error) and "rename it" in str(error)
+
+
+class Summed(nn.Module):
+    """A weight that is the sum of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"a": (8, 3), "b": (8, 3), "c": (4, 8)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape) * 0.3))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.a + self.b).tanh(), self.c)
+
+
+@backends
+def test_sums_of_parameters(how) -> None:
+    maml = made(how, Summed(), adapt="c")
+    try:
+        agrees(maml, classify(), adapt="c")
+        maml.meta_grad(classify())
+        assert len({p.grad.data_ptr() for p in maml.parameters()}) == 3
+    except NotImplementedError as error:
+        assert "no gradient of 'a'" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the model edited between calls
