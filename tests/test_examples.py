@@ -27,7 +27,7 @@ def test_demo_twice(tmp_path: Path) -> None:
         assert not done.stderr  # no warnings; no progress bar where nobody watches
         assert {file.name for file in (tmp_path / out).iterdir()} == PICTURES
         assert all(f"{out}/{name}" in done.stdout for name in PICTURES)
-        texts.append(re.sub(r"[\d.]+ ms.*|\d+ seconds|" + out, "", done.stdout))
+        texts.append(re.sub(r" *[\d.]+ ms.*|\d+ seconds|" + out, "", done.stdout))
     assert texts[0] == texts[1]
     for name in PICTURES:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()

@@ -227,8 +227,8 @@ static void unpack(const Port& port, float* to, bool add, const Run& run, int pa
             for (int64_t c0 = 0; c0 < port.cols; c0 += kLane)
                 for (int64_t r = r0; r < end && r < r0 + kLane; ++r) {
                     const bool packed = port.layout == Layout::kPacked;
-                    const float* row = from + (packed ? packed_offset(0, r, port.cols, port.rows) : r * port.cols);
-                    const int64_t stride = packed ? packed_width(r / kPanel, port.rows) : 1;
+                    const float* row = from + (packed ? packed_offset(r, port.cols, port.rows) : r * port.cols);
+                    const int64_t stride = packed ? packed_stride(r, port.rows) : 1;
                     const int64_t stop = port.cols < c0 + kLane ? port.cols : c0 + kLane;
                     float* out = dst + r * port.cols;
                     for (int64_t c = c0; c < stop; ++c) out[c] = add ? out[c] + row[c * stride] : row[c * stride];
@@ -256,7 +256,7 @@ struct Shared {
 
 // Which tasks' own share of a sum over all tasks is not finite: each is made alone, in the place of the sum.
 static void find_bad_tasks(Shared& s, const Instruction& in, const Worker& w, const int64_t* offsets, int me, int n) {
-    const int64_t floats = in.sizes[0] * pad_lane(in.sizes[1]), begin = floats * me / n, end = floats * (me + 1) / n;
+    const int64_t floats = packed_floats(in.sizes[0], in.sizes[1]), begin = floats * me / n, end = floats * (me + 1) / n;
     for (int64_t t = 0; t < s.run.tasks; ++t) {
         if (!s.run.finite[t]) continue;  // the same for all threads: changed behind a barrier alone
         Call c = prepare_call(in, w, 0, offsets[t], offsets[t + 1] - offsets[t], offsets[s.run.tasks]);
@@ -306,7 +306,7 @@ static void run_batch(Shared& s, const Phase& phase, int me, int n) {
             s.all->wait();
             if (in.sums) {
                 const float* out = prepare_call(in, w, 0, 0, 0, 0).f(2);
-                const int64_t floats = in.sizes[0] * pad_lane(in.sizes[1]), begin = floats * me / n;
+                const int64_t floats = packed_floats(in.sizes[0], in.sizes[1]), begin = floats * me / n;
                 if (out && !all_finite(out + begin, floats * (me + 1) / n - begin)) s.finite.store(false);
             }
         }

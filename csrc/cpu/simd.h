@@ -32,6 +32,18 @@ static inline vec load(const float* p) { return *reinterpret_cast<const uvec*>(p
 static inline void store(float* p, vec v) { *reinterpret_cast<uvec*>(p) = v; }
 static inline vec splat(float x) { return x - vec{}; }
 static inline ivec isplat(int32_t x) { return x - ivec{}; }
+// The first n floats, VL at most (none where n is not positive), and zeros: where rows are not padded
+static inline vec load_part(const float* p, int64_t n) {
+    if (n >= VL) return load(p);
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>(n > 0 ? (1u << n) - 1 : 0), p);
+#elif defined(__AVX2__)
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return (vec)_mm256_maskload_ps(p, (__m256i)(lane < isplat(static_cast<int32_t>(n))));
+#else
+    return vec{n > 0 ? p[0] : 0.f, n > 1 ? p[1] : 0.f, n > 2 ? p[2] : 0.f, 0.f};
+#endif
+}
 // Masks are bytes 0/1 in memory and lanes 0/-1 in registers. (The generic conversion becomes one insert per element.)
 static inline ivec load_mask(const uint8_t* p) {
 #if defined(__AVX512F__)
@@ -63,6 +75,17 @@ static inline vec fma(vec a, vec b, vec c) {
 #else
     return a * b + c;
 #endif
+}
+
+static inline float sum_lanes(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
+    float lanes[VL];
+    store(lanes, v);
+    for (int half = VL / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
 }
 
 // e^x, relative error about 1e-7: x = n ln2 + r, |r| <= ln2 / 2, a polynomial of degree 6 for e^r (Cephes'

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fastmaml.plan.instructions import Buffer, Instruction, Operand
 
+BASES = (None,) * 4  # base, scale, bbase, bscale: where a weight gradient is not added to anything
 SMOOTH = ("tanh", "sigmoid", "exp", "elu", "gelu", "silu", "softplus")
 
 
@@ -73,13 +74,14 @@ def _linear(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     packed = {"fwd": (1,), "jvp": (1, 3), "bwd_input": (1,), "bwd_input_jvp": (1, 3), "bwd_weight": (2,), "bwd_weight_jvp": (4,)}[mode]
     if mode in ("fwd", "jvp"):
         x, y = ins[0], outs[0]
-        unpadded = (0,) if mode == "fwd" else (0, 2)
+        refs, unpadded = (*refs, None), (0,) if mode == "fwd" else (0, 2)  # None: no activation's mask
     elif mode in ("bwd_input", "bwd_input_jvp"):
-        x, y, unpadded = outs[0], next(ref for ref in (ins[0], ins[2] if mode == "bwd_input_jvp" else None) if ref), ()
+        x, y = outs[0], next(ref for ref in (ins[0], ins[2] if mode == "bwd_input_jvp" else None) if ref)
+        refs, unpadded = (*refs, None), ()
     else:
         x, y = ins[0], next(ref for ref in (ins[1], *ins[3:]) if ref)
         unpadded = (0,) if mode == "bwd_weight" else (0, 2)
-        refs = (*refs, None, None)  # base and scale of the epilogue
+        refs = (*refs, *BASES)
     if len(_buffer(x, buffers).shape) != 1:
         raise NotImplementedError(f"linear over samples of shape {list(_buffer(x, buffers).shape)} has no native kernel yet")
     return Native(instr.kernel, refs, (_width(x, buffers), _width(y, buffers)), packed=packed, unpadded=unpadded)

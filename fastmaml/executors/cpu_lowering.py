@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from fastmaml.executors.cpu_fusion import Fusion, Step
 from fastmaml.executors.cpu_kernels import Native, native, same_layout
 from fastmaml.plan.instructions import Buffer, Group, Instruction, Phase, Plan, Ref
 from fastmaml.plan.memory import arena_layout
 
-LANE, ALIGN = 16, 64
+LANE, NARROW, ALIGN = 16, 8, 64  # the first two as in csrc/include/fastmaml/plan.h
 BLOCK_BYTES = 512 * 1024  # what one block of rows of a group may occupy: half of a small L2
 HOMES = {"meta": 0, "task": 1, "run": 2, "scratch": 2, "block": 2}
 ROWS = {None: 0, "support": 1, "query": 2, "joint": 3}
@@ -23,20 +24,6 @@ ROWS = {None: 0, "support": 1, "query": 2, "joint": 3}
 
 def pad(n: int, to: int = LANE) -> int:
     return -(-n // to) * to
-
-
-@dataclass
-class Step:
-    """A native call inside a group, before addresses are known."""
-
-    call: Native
-    rows: str | None
-
-
-@dataclass(frozen=True)
-class Port:
-    name: str
-    words: tuple[int, ...]
 
 
 class Lowering:
@@ -55,11 +42,9 @@ class Lowering:
         self._layouts()
         self.phases = [self._phase(phase) for phase in plan.schedule]
         self._import_task_leaves()
+        fusion = Fusion(plan, self.buffers, self._block)
         for phase, groups in self.phases:
-            if phase.scope == "task":
-                self._fuse(groups)
-            for _, steps in groups:
-                self._pair(steps)
+            fusion.run(groups, weights=phase.scope == "task")
         self._addresses()
         self.words = self._words()
 
@@ -223,61 +208,6 @@ class Lowering:
             if buffer.first == old:
                 self.buffers[name] = replace(buffer, first=new)
 
-    # ------------------------------------------------------------------------------------------------- fusion
-    @staticmethod
-    def _pair(steps: list[Step]) -> None:
-        """A bwd_input followed by its tangent on the same dy and w: one call that reads w once."""
-        for i in range(len(steps) - 2, -1, -1):
-            first, second = steps[i].call, steps[i + 1].call
-            if first.kernel == "linear_bwd_input" and second.kernel == "linear_bwd_input_jvp" and second.operands[2] is not None:
-                dy, w, dx = first.operands
-                if second.operands[:2] == (dy, w):
-                    call = Native("linear_bwd_input_both", (*second.operands[:4], dx, second.operands[4]), first.sizes)
-                    steps[i : i + 2] = [Step(call, steps[i].rows)]
-
-    def _fuse(self, groups: list[tuple[str | None, list[Step]]]) -> None:
-        """bwd_weight + sgd, bwd_weight_jvp + axpy: the product is added to what it is for, and is never stored itself."""
-        steps = [(g, step) for g, (_, members) in enumerate(groups) for step in members]
-        for i, (g, step) in enumerate(steps):
-            slot = {"linear_bwd_weight": 2, "linear_bwd_weight_jvp": 4}.get(step.call.kernel)
-            if slot is None or step.call.operands[slot] is None or self._block(groups[g][0], groups[g][1]):
-                continue
-            dw = step.call.operands[slot]
-            readers = self._readers(dw.buffer)
-            later = [(j, s) for j, (_, s) in enumerate(steps) if j > i and dw in s.call.operands]
-            if len(readers) != 1 or len(later) != 1 or self.buffers[dw.buffer].steps or dw.buffer in self.plan.results:
-                continue
-            j, consumer = later[0]
-            target = self._update(consumer.call, dw)
-            if target is None:
-                continue
-            base, scale, out, sign = target
-            between = [r.buffer for _, s in steps[i + 1 : j] for r in s.call.operands if r is not None]
-            if out.buffer in between or (base.buffer in between and base != out and self._written(base, steps[i + 1 : j])):
-                continue
-            operands = list(step.call.operands)
-            operands[slot], operands[-2], operands[-1] = out, base, scale
-            step.call = replace(step.call, operands=tuple(operands), numbers=(sign,))
-            groups[steps[j][0]][1].remove(consumer)
-            steps[j] = (steps[j][0], Step(Native("zero_fwd", ()), None))
-
-    def _readers(self, name: str) -> list[str]:
-        return [instr.kernel for _, instr in self.plan.instructions() if any(r.buffer == name for r in instr.reads())]
-
-    @staticmethod
-    def _written(ref: Ref, steps: list[tuple[int, Step]]) -> bool:
-        return any(ref in step.call.operands for _, step in steps)
-
-    def _update(self, call: Native, dw: Ref) -> tuple[Ref, Ref | None, Ref, float] | None:
-        """(base, scale, out, sign) if the call adds ``dw`` to something with a scalar factor."""
-        if call.kernel == "sgd_fwd" and not call.sizes[1] and call.operands[1] == dw:
-            theta, _, rate, out = call.operands
-            return theta, rate, out, -1.0
-        if call.kernel == "axpy_fwd" and call.operands[1] == dw and call.operands[0] == call.operands[3]:
-            acc, _, scale, out = call.operands
-            return acc, scale, out, call.numbers[0]
-        return None
-
     # ------------------------------------------------------------------------------------------------- addresses
     def _stride(self, buffer: Buffer) -> int:
         """Bytes from one row to the next (of the whole array without rows)."""
@@ -291,7 +221,8 @@ class Lowering:
 
     def _floats(self, buffer: Buffer) -> int:
         if buffer.name in self.packed:
-            return buffer.shape[1] * pad(buffer.shape[0])
+            outputs, inputs = buffer.shape
+            return outputs * pad(inputs) if outputs <= NARROW else inputs * pad(outputs)
         return pad(buffer.numel)
 
     def _block(self, rows: str | None, steps: list[Step]) -> int:

@@ -137,7 +137,12 @@ void pack_fwd(const Call& c) {
     const float* w = c.f(0);
     float* p = c.f(1);
     const Share s = share(in, c);
-    for (int64_t o = 0; o < out; o += kPanel) {
+    for (int64_t o = 0; is_narrow(out) && o < out; ++o) {
+        float* row = p + packed_offset(o, in, out);
+        for (int64_t k = s.begin; k < s.end; ++k) row[k] = w[o * in + k];
+        if (c.part == 0) clear_padding(row, in);
+    }
+    for (int64_t o = 0; !is_narrow(out) && o < out; o += kPanel) {
         const int64_t width = packed_width(o / kPanel, out);
         float* panel = p + o * in;
         for (int64_t k = s.begin; k < s.end; ++k)
@@ -151,9 +156,9 @@ void unpack_fwd(const Call& c) {
     float* w = c.f(1);
     const Share s = share(out, c);
     for (int64_t o = s.begin; o < s.end; ++o) {
-        const int64_t panel = o / kPanel, width = packed_width(panel, out);
-        const float* from = p + panel * kPanel * in + o % kPanel;
-        for (int64_t k = 0; k < in; ++k) w[o * in + k] = from[k * width];
+        const float* from = p + packed_offset(o, in, out);
+        const int64_t stride = packed_stride(o, out);
+        for (int64_t k = 0; k < in; ++k) w[o * in + k] = from[k * stride];
     }
     if (c.part == 0) clear_padding(w, in * out);
 }

@@ -36,14 +36,16 @@ using Kernel = void (*)(const Call&);
 
 // clang-format off
 #define FASTMAML_KERNELS(K) \
-    /* linear: sizes {in, out}. The epilogue operands base?, scale? of bwd_weight: out = base + numbers[0] * scale * dw instead of dw */ \
-    K(linear_fwd)            /* x, w, b?, y:                       y = x w^T + b */ \
-    K(linear_jvp)            /* x, w, xt?, wt?, bt?, yt:           yt = xt w^T + x wt^T + bt */ \
-    K(linear_bwd_input)      /* dy, w, dx:                         dx = dy w */ \
-    K(linear_bwd_input_jvp)  /* dy?, w, dyt?, wt?, dxt:            dxt = dyt w + dy wt */ \
-    K(linear_bwd_input_both) /* dy, w, dyt, wt?, dx, dxt:          both of these, w read once */ \
-    K(linear_bwd_weight)     /* x, dy, dw?, db?, base?, scale?:    dw = dy^T x, db = sum dy */ \
-    K(linear_bwd_weight_jvp) /* x, dy, xt?, dyt?, dwt?, dbt?, base?, scale?: dwt = dyt^T x + dy^T xt, dbt = sum dyt */ \
+    /* linear: sizes {in, out}. The results of the first five may pass through a piecewise linear activation ("act"): numbers {0 none, \
+       1 y = relu(y) and mask? = y > 0, 2 the mask given, slope}. Epilogue of bwd_weight: base + numbers[0] * scale * dw instead of dw, \
+       and bbase + numbers[1] * bscale * db instead of db */ \
+    K(linear_fwd)            /* x, w, b?, y, mask?:                y = act(x w^T + b) */ \
+    K(linear_jvp)            /* x, w, xt?, wt?, bt?, yt, mask?:    yt = act(xt w^T + x wt^T + bt) */ \
+    K(linear_bwd_input)      /* dy, w, dx, mask?:                  dx = act(dy w) */ \
+    K(linear_bwd_input_jvp)  /* dy?, w, dyt?, wt?, dxt, mask?:     dxt = act(dyt w + dy wt) */ \
+    K(linear_bwd_input_both) /* dy, w, dyt, wt?, dx, dxt, mask?:   both of these, w read once */ \
+    K(linear_bwd_weight)     /* x, dy, dw?, db?, base?, scale?, bbase?, bscale?: dw = dy^T x, db = sum dy */ \
+    K(linear_bwd_weight_jvp) /* x, dy, xt?, dyt?, dwt?, dbt?, base?, scale?, bbase?, bscale?: dwt = dyt^T x + dy^T xt, dbt = sum dyt */ \
     K(row_sum_bwd)           /* dy, db:                            sum dy; sizes {0, out} */ \
     /* factored first layers (plan/rewrite.py): sizes {out, extent of the rows, as enum Rows}; whole extents, never blocks */ \
     K(gram_fwd)              /* x, xs, g:                          x xs^T, in double; sizes {in, extent} */ \

@@ -11,6 +11,7 @@ namespace fastmaml {
 
 constexpr int64_t kLane = 16;   // floats; every row stride is a multiple of it, on every instruction set
 constexpr int64_t kPanel = 64;  // columns of a packed weight that lie together
+constexpr int64_t kNarrow = 8;  // weights of so few outputs lie the other way round
 constexpr int kMaxOperands = 16;
 constexpr int kMaxSizes = 8;
 constexpr int kMaxNumbers = 4;
@@ -101,15 +102,21 @@ struct Plan {
     int32_t halves = 1;
 };
 
-// Element (k, o) of a packed [out, in] weight: panels of kPanel outputs, each [in][width]; width = what is left, padded
-// to kLane.
+// A packed [out, in] weight: panels of kPanel outputs, each [in][width]; width = what is left, padded to kLane. With at
+// most kNarrow outputs: [out][in padded to kLane].
+inline bool is_narrow(int64_t out) { return out <= kNarrow; }
+inline int64_t packed_floats(int64_t in, int64_t out) {
+    return is_narrow(out) ? out * pad_lane(in) : in * pad_lane(out);
+}
 inline int64_t packed_width(int64_t panel, int64_t out) {
     int64_t left = pad_lane(out) - panel * kPanel;
     return left < kPanel ? left : kPanel;
 }
-inline int64_t packed_offset(int64_t k, int64_t o, int64_t in, int64_t out) {
-    int64_t panel = o / kPanel;
-    return panel * kPanel * in + k * packed_width(panel, out) + o % kPanel;
+inline int64_t packed_offset(int64_t o, int64_t in, int64_t out) {  // of the first input's element of output o
+    return is_narrow(out) ? o * pad_lane(in) : o / kPanel * kPanel * in + o % kPanel;
+}
+inline int64_t packed_stride(int64_t o, int64_t out) {  // from one input's element to the next
+    return is_narrow(out) ? 1 : packed_width(o / kPanel, out);
 }
 
 }  // namespace fastmaml

@@ -1,0 +1,299 @@
+// The register tiles of linear: products over packed panels (csrc/include/fastmaml/plan.h), outer products in the same layout,
+// and the transpose that bwd_input needs.
+//
+// Every output element is a sum of short chains of FMAs (kDepth products each: a single chain over 784 inputs loses
+// half a digit against a blocked one) in a fixed order, whatever the tile, the block of rows or the team: bits do not
+// depend on them.
+#pragma once
+#include "../simd.h"
+
+namespace fastmaml {
+namespace FASTMAML_ISA {
+
+static constexpr int kCols = VL == 16 ? 4 : 2;  // vectors of a register tile: 6 x 4 zmm, or 6 x 2 ymm/xmm
+static constexpr int kRows = 6;                 // its rows; narrow tiles are taller, to keep enough FMAs under way
+static constexpr int rows_of(int vectors) {
+    return vectors == 1 ? 12 : VL == 16 && vectors == 2 ? 12 : VL == 16 && vectors == 3 ? 8 : kRows;
+}
+
+static constexpr int64_t kDepth = 64;  // products in one chain; 64 x 64 weights are also what stays in L1 for all rows
+
+struct Pair {  // one product x w of a sum of products; w is [k][ldw]
+    const float* x;
+    int64_t ldx;
+    const float* w;
+    int64_t ldw;
+};
+
+// The piecewise linear activation that follows a product, or whose reverse or tangent does.
+enum class Gate { kNone, kMake, kApply };  // kMake: mask = y > 0 is written; kApply: it is given
+struct Activation {
+    Gate gate;
+    uint8_t* mask;  // or null where nobody reads it
+    int64_t ldm;
+    float slope;
+
+    Activation at(int64_t row, int64_t column) const {
+        return {gate, mask ? mask + row * ldm + column : nullptr, ldm, slope};
+    }
+    vec low(vec v) const { return slope == 0.f ? vec{} : v * splat(slope); }
+    template <Gate G>
+    __attribute__((always_inline)) vec apply(vec v, int64_t row, int64_t column) const {  // as the kernels of relu.cpp
+        if (G == Gate::kNone) return v;
+        if (G == Gate::kApply) return select(load_mask(mask + row * ldm + column), v, low(v));
+        if (mask) store_mask(mask + row * ldm + column, v > vec{});
+        return slope == 0.f ? select(v <= vec{}, vec{}, v) : select(v > vec{}, v, low(v));
+    }
+    __attribute__((always_inline)) vec operator()(vec v, int64_t row, int64_t column) const {
+        return gate == Gate::kNone   ? v
+               : gate == Gate::kMake ? apply<Gate::kMake>(v, row, column)
+                                     : apply<Gate::kApply>(v, row, column);
+    }
+};
+static constexpr Activation kLinear = {Gate::kNone, nullptr, 0, 0.f};
+
+// The operand `mask` of a fused call; numbers {gate, slope}
+static Activation activation_of(const Call& c, int mask) {
+    return {static_cast<Gate>(static_cast<int>(c.numbers[0])), c.mask(mask), c.row_stride[mask], c.numbers[1]};
+}
+
+template <Gate G, int R, int C>
+__attribute__((always_inline)) static inline void store_tile(vec (&acc)[R][C], float* y, int64_t ldy, const float* init,
+                                                             int64_t ld_init, const Activation& act) {
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) {
+            const vec sum = init ? load(init + r * ld_init + c * VL) + acc[r][c] : acc[r][c];
+            store(y + r * ldy + c * VL, act.apply<G>(sum, r, c * VL));
+        }
+}
+
+// y[R][C vectors] = act(init + sum over pairs of x w), in registers. init: one row for all (ld_init 0), a row
+// each, or null for zero.
+template <int R, int C>
+static inline void tile(const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy, const float* init,
+                        int64_t ld_init, const Activation& act) {
+    vec acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = vec{};
+    for (int p = 0; p < n_pairs; ++p) {
+        const float *x = pairs[p].x, *w = pairs[p].w;
+        const int64_t ldx = pairs[p].ldx, ldw = pairs[p].ldw;
+        for (int64_t i = 0; i < k; ++i, w += ldw) {
+            vec b[C];
+            for (int c = 0; c < C; ++c) b[c] = load(w + c * VL);
+            for (int r = 0; r < R; ++r) {
+                const vec a = splat(x[r * ldx + i]);
+                for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
+            }
+        }
+    }
+    switch (act.gate) {
+        case Gate::kNone:
+            return store_tile<Gate::kNone, R, C>(acc, y, ldy, init, ld_init, act);
+        case Gate::kMake:
+            return store_tile<Gate::kMake, R, C>(acc, y, ldy, init, ld_init, act);
+        default:
+            return store_tile<Gate::kApply, R, C>(acc, y, ldy, init, ld_init, act);
+    }
+}
+
+template <int R, int C>
+static inline void tile_rows(int64_t rows, const Pair* p, int np, int64_t k, float* y, int64_t ldy, const float* init,
+                             int64_t ldi, const Activation& act) {
+    if (rows >= R) return tile<R, C>(p, np, k, y, ldy, init, ldi, act);
+    if constexpr (R > 1) tile_rows<R - 1, C>(rows, p, np, k, y, ldy, init, ldi, act);
+}
+
+// All rows of a column of tiles: full tiles, then what is left in one smaller tile.
+template <int C>
+static void column(int64_t n, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy, const float* init,
+                   int64_t ld_init, const Activation& act) {
+    constexpr int R = rows_of(C);
+    for (int64_t r = 0; r < n;) {
+        const int64_t left = n - r, rows = left >= R ? (left < 2 * R && left > R ? (left + 1) / 2 : R)
+                                                     : left;  // 10 = 5 + 5, not 8 + 2
+        Pair here[2];
+        for (int p = 0; p < n_pairs; ++p)
+            here[p] = {pairs[p].x + r * pairs[p].ldx, pairs[p].ldx, pairs[p].w, pairs[p].ldw};
+        tile_rows<R, C>(rows, here, n_pairs, k, y + r * ldy, ldy, init ? init + r * ld_init : nullptr, ld_init,
+                        act.at(r, 0));
+        r += rows;
+    }
+}
+
+// y[n][cols] = act(init + sum of pairs), for cols (a multiple of kLane) columns that lie together in w.
+static void product(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
+                    const float* init, int64_t ld_init, const Activation& act) {
+    for (int64_t c = 0; c < cols; c += kCols * VL) {
+        const int vectors = static_cast<int>((cols - c < kCols * VL ? cols - c : kCols * VL) / VL);
+        const float* from = init ? init + c : nullptr;
+        int64_t ld_from = ld_init, i = 0;
+        do {  // once even for k = 0: then y is init
+            const int64_t depth = k - i < kDepth + kDepth / 2 ? k - i : kDepth;
+            Pair here[2];
+            for (int p = 0; p < n_pairs; ++p)
+                here[p] = {pairs[p].x + i, pairs[p].ldx, pairs[p].w + i * pairs[p].ldw + c, pairs[p].ldw};
+            const Activation a = i + depth < k ? kLinear : act.at(0, c);
+            switch (vectors) {
+                case 1:
+                    column<1>(n, here, n_pairs, depth, y + c, ldy, from, ld_from, a);
+                    break;
+                case 2:
+                    column<2>(n, here, n_pairs, depth, y + c, ldy, from, ld_from, a);
+                    break;
+#if defined(__AVX512F__)
+                case 3:
+                    column<3>(n, here, n_pairs, depth, y + c, ldy, from, ld_from, a);
+                    break;
+                default:
+                    column<4>(n, here, n_pairs, depth, y + c, ldy, from, ld_from, a);
+                    break;
+#endif
+            }
+            from = y + c, ld_from = ldy;
+            i += depth;
+        } while (i < k);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- transpose
+#if defined(__AVX512F__)
+static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, float* dst, int64_t ldd) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_loadu_ps(src + i * lds) : _mm512_setzero_ps();
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            const __m512d lo = _mm512_castps_pd(b[i + j]), hi = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+        }
+    // a[4g + j] holds, in each 128-bit lane l, column 4l + j of rows 4g..4g+3
+    for (int j = 0; j < 4; ++j) {
+        const __m512 t0 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), t1 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+        const __m512 t2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+        const __m512 t3 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+        _mm512_storeu_ps(dst + (0 + j) * ldd, _mm512_shuffle_f32x4(t0, t2, 0x88));
+        _mm512_storeu_ps(dst + (4 + j) * ldd, _mm512_shuffle_f32x4(t1, t3, 0x88));
+        _mm512_storeu_ps(dst + (8 + j) * ldd, _mm512_shuffle_f32x4(t0, t2, 0xdd));
+        _mm512_storeu_ps(dst + (12 + j) * ldd, _mm512_shuffle_f32x4(t1, t3, 0xdd));
+    }
+}
+#else
+// 16 x 16 as sixteen 4 x 4 pieces
+static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, float* dst, int64_t ldd) {
+    typedef float quad __attribute__((vector_size(16)));
+    typedef float uquad __attribute__((vector_size(16), aligned(4), may_alias));
+    typedef int32_t iquad __attribute__((vector_size(16)));
+    for (int64_t i = 0; i < 16; i += 4)
+        for (int64_t j = 0; j < 16; j += 4) {
+            quad r[4];
+            for (int64_t q = 0; q < 4; ++q)
+                r[q] = i + q < rows ? *reinterpret_cast<const uquad*>(src + (i + q) * lds + j) : quad{};
+            const quad a = __builtin_shuffle(r[0], r[1], iquad{0, 4, 1, 5}),
+                       b = __builtin_shuffle(r[0], r[1], iquad{2, 6, 3, 7});
+            const quad c = __builtin_shuffle(r[2], r[3], iquad{0, 4, 1, 5}),
+                       d = __builtin_shuffle(r[2], r[3], iquad{2, 6, 3, 7});
+            *reinterpret_cast<uquad*>(dst + (j + 0) * ldd + i) = __builtin_shuffle(a, c, iquad{0, 1, 4, 5});
+            *reinterpret_cast<uquad*>(dst + (j + 1) * ldd + i) = __builtin_shuffle(a, c, iquad{2, 3, 6, 7});
+            *reinterpret_cast<uquad*>(dst + (j + 2) * ldd + i) = __builtin_shuffle(b, d, iquad{0, 1, 4, 5});
+            *reinterpret_cast<uquad*>(dst + (j + 3) * ldd + i) = __builtin_shuffle(b, d, iquad{2, 3, 6, 7});
+        }
+}
+#endif
+
+// piece[o][k] = w[k][o] for `cols` inputs from k on and `outs` outputs of one panel; zero beyond the last input
+static void transpose_piece(const float* w, int64_t width, int64_t inputs, int64_t cols, int64_t outs, float* piece) {
+    if (outs < 4) {  // a head of one or two outputs: not worth a tile
+        for (int64_t j = 0; j < outs; ++j)
+            for (int64_t i = 0; i < cols; ++i) piece[j * cols + i] = i < inputs ? w[i * width + j] : 0.f;
+        return;
+    }
+    for (int64_t i = 0; i < cols; i += 16)
+        for (int64_t j = 0; j < outs; j += 16)
+            transpose_tile(w + i * width + j, width, inputs - i, piece + j * cols + i, cols);
+}
+
+// ---------------------------------------------------------------------------------------------------- outer products
+struct Outer {  // dw += x^T d
+    const float* x;
+    int64_t ldx;
+    const float* d;
+    int64_t ldd;
+};
+
+struct Epilogue {       // what is stored: acc, or base + scale acc
+    const float* from;  // the chain goes on from the block before, or null
+    const float* plus;  // sums of the rows before, added to this chain at its end, or null
+    const float* base;
+    float scale;
+};
+
+template <int R, int C>
+static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw, const Epilogue& e) {
+    vec acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = e.from ? load(e.from + r * ldw + c * VL) : vec{};
+    for (int t = 0; t < n_terms; ++t) {
+        const float *x = terms[t].x, *d = terms[t].d;
+        for (int64_t i = 0; i < n; ++i, x += terms[t].ldx, d += terms[t].ldd) {
+            vec b[C];
+            for (int c = 0; c < C; ++c) b[c] = load(d + c * VL);
+            for (int r = 0; r < R; ++r) {
+                const vec a = splat(x[r]);
+                for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
+            }
+        }
+    }
+    const vec scale = splat(e.scale);
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) {
+            const int64_t at = r * ldw + c * VL;
+            const vec sum = e.plus ? load(e.plus + at) + acc[r][c] : acc[r][c];
+            store(dw + at, e.base ? fma(scale, sum, load(e.base + at)) : sum);
+        }
+}
+
+template <int R, int C>
+static inline void outer_rows(int64_t rows, const Outer* t, int nt, int64_t n, float* dw, int64_t ldw,
+                              const Epilogue& e) {
+    if (rows >= R) return outer_tile<R, C>(t, nt, n, dw, ldw, e);
+    if constexpr (R > 1) outer_rows<R - 1, C>(rows, t, nt, n, dw, ldw, e);
+}
+
+// The rows [0, inputs) of one column of tiles of dw.
+template <int C>
+static void outer_column(int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw,
+                         const Epilogue& e) {
+    constexpr int R = rows_of(C);
+    for (int64_t k = 0; k < inputs; k += R) {
+        Outer here[2];
+        for (int t = 0; t < n_terms; ++t) here[t] = {terms[t].x + k, terms[t].ldx, terms[t].d, terms[t].ldd};
+        const Epilogue at = {e.from ? e.from + k * ldw : nullptr, e.plus ? e.plus + k * ldw : nullptr,
+                             e.base ? e.base + k * ldw : nullptr, e.scale};
+        outer_rows<R, C>(inputs - k < R ? inputs - k : R, here, n_terms, n, dw + k * ldw, ldw, at);
+    }
+}
+
+// One column of tiles of dw over up to kDeep rows of the batch, dispatched by its width.
+static void outer_columns(int64_t width, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw,
+                          int64_t ldw, const Epilogue& e) {
+    switch (width / VL) {
+        case 1:
+            return outer_column<1>(inputs, terms, n_terms, n, dw, ldw, e);
+#if defined(__AVX512F__)
+        case 3:
+            return outer_column<3>(inputs, terms, n_terms, n, dw, ldw, e);
+        case 4:
+            return outer_column<4>(inputs, terms, n_terms, n, dw, ldw, e);
+#endif
+        default:
+            return outer_column<2>(inputs, terms, n_terms, n, dw, ldw, e);
+    }
+}
+
+}  // namespace FASTMAML_ISA
+}  // namespace fastmaml
