@@ -22,22 +22,17 @@ graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_gr
 
 
 class MetaLoss(torch.autograd.Function):
-    """(loss, *others) of a meta-iteration, with the gradients of the loss. ``others`` refuse to be differentiated."""
+    """The loss of a meta-iteration, with its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, outputs: tuple[Tensor, ...], gradients: Sequence[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, loss: tuple[Tensor], gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return outputs
+        return loss[0]
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND)
-        if any(d is not None for d in others):
-            raise RuntimeError(OTHERS)
-        if dloss is None:
-            return (None,) * len(ctx.needs_input_grad)
         gradients = ctx.gradients
         if gradients is None:
             raise RuntimeError("a second backward through one meta-iteration: pass retain_graph=True to the first")

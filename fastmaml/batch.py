@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 _set = object.__setattr__  # past the frozen dataclass, while one is being built
+Shape = torch.Size
 TaskTensors = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
 NAMES = ("support_x", "support_y", "query_x", "query_y")
 ACCEPTED = (
@@ -53,6 +54,7 @@ class TaskBatch:
     query_sizes: tuple[int, ...]
     ways: Tensor | None = None
     _cache: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _given: TaskTensors | None = field(default=None, init=False)  # [tasks, n, ...], where the rows have not been joined yet
 
     def __post_init__(self) -> None:
         tasks = len(self.support_sizes)
@@ -68,6 +70,25 @@ class TaskBatch:
         if self.ways is not None:
             _set(self, "ways", _ways(self.ways, tasks))
 
+    def __getattr__(self, name: str) -> Tensor:
+        """Joins the rows of what came as [tasks, n, ...], the first time they are asked for."""
+        if name not in NAMES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        joined = self._given[NAMES.index(name)].flatten(0, 1)
+        _set(self, name, joined)
+        return joined
+
+    def stored(self) -> TaskTensors:
+        """support_x, support_y, query_x, query_y as they lie in memory: rows joined, or still [tasks, n, ...]."""
+        return self._given or (self.support_x, self.support_y, self.query_x, self.query_y)
+
+    @property
+    def row_shapes(self) -> tuple[torch.Size, torch.Size]:
+        """Of one row of x and of y."""
+        if self._given:
+            return self._given[0].shape[2:], self._given[1].shape[2:]
+        return self.support_x.shape[1:], self.support_y.shape[1:]
+
     # -- building ------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -80,32 +101,13 @@ class TaskBatch:
         """
         sx, sy = _tensor("support_x", support_x), _tensor("support_y", support_y)
         qx, qy = _tensor("query_x", query_x), _tensor("query_y", query_y)
-        shape_sx, shape_sy, shape_qx, shape_qy = sx.shape, sy.shape, qx.shape, qy.shape
-        if len(shape_sx) < 2 or len(shape_sy) < 2 or len(shape_qx) < 2 or len(shape_qy) < 2:
-            name, x = next((name, x) for name, x in zip(NAMES, (sx, sy, qx, qy), strict=True) if x.ndim < 2)
-            raise ValueError(
-                f"{name} has shape {list(x.shape)}: expected [tasks, n, ...]. For one task add the axis: {name}[None]"
-            )
-        tasks, n_support, n_query = shape_sx[0], shape_sx[1], shape_qx[1]
-        if not tasks == shape_sy[0] == shape_qx[0] == shape_qy[0]:
-            _raise_different_tasks((sx, sy, qx, qy))
-        if shape_sy[1] != n_support:
-            raise ValueError(_two_counts("support_y", sy, "support_x", sx))
-        if shape_qy[1] != n_query:
-            raise ValueError(_two_counts("query_y", qy, "query_x", qx))
-        _check_rows("x", shape_sx[2:], shape_qx[2:])
-        _check_rows("y", shape_sy[2:], shape_qy[2:])
+        sizes = _equal_sizes(sx.shape, sy.shape, qx.shape, qy.shape)
         _check_device(sx, sy, qx, qy)
-        data = sx.flatten(0, 1), sy.flatten(0, 1), qx.flatten(0, 1), qy.flatten(0, 1)
-        if tasks == 0 or n_support == 0 or n_query == 0 or ways is not None:
-            return cls(*data, (n_support,) * tasks, (n_query,) * tasks, ways)
-        # Everything is checked, and every meta-iteration comes through here: 5 microseconds less than the constructor
-        batch = object.__new__(cls)
-        for name, value in zip(NAMES, data, strict=True):
-            _set(batch, name, value)
-        _set(batch, "support_sizes", (n_support,) * tasks)
-        _set(batch, "query_sizes", (n_query,) * tasks)
-        _set(batch, "ways", None)
+        batch = object.__new__(cls)  # all is checked, and every meta-iteration comes through here: rows are joined when asked for
+        _set(batch, "_given", (sx, sy, qx, qy))
+        _set(batch, "support_sizes", sizes[0])
+        _set(batch, "query_sizes", sizes[1])
+        _set(batch, "ways", None if ways is None else _ways(ways, len(sizes[0])))
         _set(batch, "_cache", {})
         return batch
 
@@ -180,7 +182,7 @@ class TaskBatch:
 
     @property
     def device(self) -> torch.device:
-        return self.support_x.device
+        return self.stored()[0].device
 
     @property
     def support_offsets(self) -> Tensor:
@@ -371,21 +373,34 @@ def _row_picker(offsets: list[int], chosen: list[int], device: torch.device):
     return lambda x: x.index_select(0, index)
 
 
-def _raise_different_tasks(data: TaskTensors) -> None:
-    x = data[0]
-    for name, other in zip(NAMES[1:], data[1:], strict=True):
-        if other.shape[0] != x.shape[0]:
+@lru_cache(maxsize=64)  # every meta-iteration comes with the same shapes
+def _equal_sizes(sx: Shape, sy: Shape, qx: Shape, qy: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """support_sizes and query_sizes of tensors [tasks, n, ...] of these shapes; ValueError where they do not fit together."""
+    for name, shape in zip(NAMES, (sx, sy, qx, qy), strict=True):
+        if len(shape) < 2:
             raise ValueError(
-                f"{name} has {other.shape[0]} tasks but support_x has {x.shape[0]}"
-                f" (shapes {list(other.shape)} and {list(x.shape)}; the first axis is the task)"
+                f"{name} has shape {list(shape)}: expected [tasks, n, ...]. For one task add the axis: {name}[None]"
             )
-
-
-def _two_counts(name: str, y: Tensor, other: str, x: Tensor) -> str:
-    return (
-        f"{name} has {y.shape[1]} rows per task but {other} has {x.shape[1]}"
-        f" (shapes {list(y.shape)} and {list(x.shape)}; the second axis is the example)"
-    )
+    for name, shape in zip(NAMES[1:], (sy, qx, qy), strict=True):
+        if shape[0] != sx[0]:
+            raise ValueError(
+                f"{name} has {shape[0]} tasks but support_x has {sx[0]}"
+                f" (shapes {list(shape)} and {list(sx)}; the first axis is the task)"
+            )
+    for part, x, y in (("support", sx, sy), ("query", qx, qy)):
+        if y[1] != x[1]:
+            raise ValueError(
+                f"{part}_y has {y[1]} rows per task but {part}_x has {x[1]}"
+                f" (shapes {list(y)} and {list(x)}; the second axis is the example)"
+            )
+    _check_rows("x", sx[2:], qx[2:])
+    _check_rows("y", sy[2:], qy[2:])
+    if sx[0] == 0:
+        raise ValueError("the batch has 0 tasks: a meta-batch needs at least one")
+    for part, x in (("support", sx), ("query", qx)):
+        if x[1] == 0:
+            raise ValueError(f"task 0 has 0 {part} rows: every task needs at least one")
+    return (sx[1],) * sx[0], (qx[1],) * qx[0]
 
 
 def _describe(value: Any) -> str:

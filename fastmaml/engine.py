@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from sys import _getframe
 from typing import Any, NamedTuple
@@ -44,9 +45,11 @@ class Spec(NamedTuple):
     record: bool = False
     support_rows: int | None = None
 
-    def fitting(self, batch: TaskBatch) -> Spec:
-        """For tasks of this size, rounded up to a power of two: a layer with more inputs than support rows is factored (plan/rewrite.py)."""
-        return self._replace(support_rows=1 << (max(batch.support_sizes) - 1).bit_length())
+
+@lru_cache(maxsize=256)
+def support_bucket(sizes: tuple[int, ...]) -> int:
+    """Rows of the largest support set, rounded up to a power of two: a layer with more inputs than that is factored (plan/rewrite.py)."""
+    return 1 << (max(sizes) - 1).bit_length()
 
 
 class Runner:
@@ -97,14 +100,14 @@ class Engine:
             self._programs, self._runners, self._view = {}, {}, view
             return view
 
-    def runner(self, view: ModelView, sample: Tensor, spec: Spec) -> Runner:
-        """For samples like the rows of ``sample``."""
-        key = (sample.shape[1:], spec)
+    def runner(self, view: ModelView, batch: TaskBatch, spec: Spec) -> Runner:
+        """For samples like those of ``batch``."""
+        key = (batch.row_shapes[0], spec)
         found = self._runners.get(key)
         if found is not None and found.view is view:
             return found
         with turn:
-            program = self.program(view, sample, spec)
+            program = self.program(view, batch.support_x, spec)
             rates, query_from = self.rates.rates, spec.query_from
             memory = "constant" if program.ops[-1].name == "module" else spec.memory  # nobody but torch knows a module's activations
             a = Arrangement(spec.steps, spec.loss, rates, spec.first_order, spec.entry, query_from, memory, spec.record, spec.support_rows)

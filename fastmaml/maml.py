@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastmaml import options
 from fastmaml.adapted import AdaptedModel
-from fastmaml.autograd import MetaLoss, NoGradient, OuterLogits
+from fastmaml.autograd import MetaLoss, OuterLogits
 from fastmaml.batch import TaskBatch
-from fastmaml.engine import Runner, Spec, warn_user, without_autocast
+from fastmaml.engine import Runner, Spec, support_bucket, warn_user, without_autocast
 from fastmaml.executors import BACKENDS
 from fastmaml.executors.call import Call, Results
 from fastmaml.output import MetaOutput, NonFiniteError, correct_of, gradient_of, per_task
@@ -135,7 +135,7 @@ class MAML(Trained):
                 g = gradient_of(ran.results, key, p)
                 if g is not None:
                     p.grad = g if p.grad is None else p.grad.add_(g)
-        return MetaOutput.of(ran.call, ran.results)
+        return MetaOutput(ran.call, ran.results)
 
     def adapt(
         self,
@@ -164,8 +164,8 @@ class MAML(Trained):
     def plan(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> Any:
         """The Plan that a call with these tasks runs."""
         batch = TaskBatch.of(tasks)
-        spec = self._spec(entry, inner_steps, batchnorm)[0].fitting(batch)
-        return self._engine.runner(self._engine.view(), batch.support_x, spec).plan
+        spec = self._spec(entry, inner_steps, batchnorm, batch)[0]
+        return self._engine.runner(self._engine.view(), batch, spec).plan
 
     def explain(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> str:
         """The Plan in words: segments and groups, FLOPs, bytes and homes, memory, and the floor time of this machine."""
@@ -176,14 +176,15 @@ class MAML(Trained):
         return explain(self.plan(batch, inner_steps=inner_steps, batchnorm=batchnorm, entry=entry), batch, **machine.peaks())
 
     # ------------------------------------------------------------------------------------------------- running
-    def _spec(self, entry: str, inner_steps: Any, batchnorm: Any, record: bool = False) -> tuple[Spec, list[float] | None]:
+    def _spec(self, entry: str, inner_steps: Any, batchnorm: Any, batch: TaskBatch | None, record: bool = False) -> tuple[Spec, list[float] | None]:
         """What to build, and the weights of the multi-step loss at theta_0 .. theta_K."""
         steps = self.inner_steps if inner_steps is None else options.count("inner_steps", inner_steps, 0)
         batchnorm = self.batchnorm if batchnorm is None else options.one_of("batchnorm", batchnorm, options.BATCHNORM)
         weights, query_from = None, None
         if self.step_loss_weights is not None and entry in ("train", "evaluate"):
             weights, query_from = options.check_step_weights(self.step_loss_weights, steps)
-        return Spec(entry, steps, self.loss, batchnorm, query_from, self.first_order, self.memory, self.backend, record), weights
+        rows = None if batch is None else support_bucket(batch.support_sizes)
+        return Spec(entry, steps, self.loss, batchnorm, query_from, self.first_order, self.memory, self.backend, record, rows), weights
 
     def _run(
         self,
@@ -201,12 +202,11 @@ class MAML(Trained):
     ) -> Ran:
         """``given``: tensors in the parameters' place. ``sinks``: add to ``.grad`` where the executor can. ``record``, ``replay``: see Call."""
         batch = TaskBatch.of(tasks)
-        spec, step_weights = self._spec(entry, inner_steps, batchnorm, record)
-        spec = spec.fitting(batch)
+        spec, step_weights = self._spec(entry, inner_steps, batchnorm, batch, record)
         weights = None if task_weights is None else options.check_task_weights(task_weights, len(batch))
         view = self._engine.view()
         options.check_device(batch, view.like)
-        runner = self._engine.runner(view, batch.support_x, spec)
+        runner = self._engine.runner(view, batch, spec)
         options.check_inputs(batch, view.like, runner.opaque)
         options.check_targets(batch, self.loss, runner.output, outer=entry in ("halves", "adapt"))
         rates = self.rates.at(spec.steps, inner_lr, view)
@@ -248,7 +248,7 @@ class MAML(Trained):
         return [(key, p) for key, p in named if p.requires_grad]
 
     def _check_finite(self, results: Results) -> None:
-        if not results.finite.all():
+        if not results.all_finite:
             bad = (~results.finite).nonzero().flatten().tolist()
             if self.on_nonfinite == "raise":
                 raise NonFiniteError(bad)
@@ -260,19 +260,19 @@ class MAML(Trained):
         if outer_loss is not None:
             return self._call_outer(tasks, settings, outer_loss, given, grad)
         ran = self._run(tasks, "train" if grad else "evaluate", given=given, **settings)
-        out = MetaOutput.of(ran.call, ran.results)
+        out = MetaOutput(ran.call, ran.results)
         trained = self._trained(ran) if grad else ()
         pairs = [(p, g) for key, p in trained if (g := gradient_of(ran.results, key, p)) is not None]
         if pairs:
             parameters, gradients = zip(*pairs, strict=True)
-            tensors = (out.loss, out.joined_logits, out.task_losses, out.support_losses)
-            out.loss, out.joined_logits, out.task_losses, out.support_losses = MetaLoss.apply(tensors, gradients, *parameters)
+            out.loss, out.parameters = MetaLoss.apply((out.loss,), gradients, *parameters), parameters
         return out
 
     def _call_outer(self, tasks: Any, settings: dict[str, Any], outer_loss: Any, given: Mapping[str, Tensor] | None, grad: bool) -> MetaOutput:
         options.check_outer_loss(outer_loss, settings["task_weights"], self.step_loss_weights)
         ran = self._run(tasks, "halves" if grad else "evaluate", given=given, **settings)
-        batch, out = ran.call.batch, MetaOutput.of(ran.call, ran.results)
+        ran.results.values.pop("loss.query", None)  # of the built-in loss, which is not asked for
+        batch, out = ran.call.batch, MetaOutput(ran.call, ran.results)
         trained = self._trained(ran) if grad else []
         parameters = [p for _, p in trained]
         used = {**ran.call.leaves, **ran.call.rates, "support_x": batch.support_x, "support_y": batch.support_y, "query_x": batch.query_x}
@@ -290,18 +290,17 @@ class MAML(Trained):
         logits = OuterLogits.apply((out.joined_logits,), reverse, *parameters) if parameters else out.joined_logits
         loss = outer_loss(per_task(logits, batch.query_sizes), per_task(batch.query_y, batch.query_sizes))
         options.check_scalar(loss)
-        out.loss, out.task_losses = loss, None
+        out.loss = loss
         if self.loss.name == "cross_entropy" and out.correct is None and options.are_labels(batch.query_y):
             out.correct = correct_of(logits.detach(), batch)
-        if parameters:
-            out.joined_logits, out.support_losses = NoGradient.apply((logits.detach(), out.support_losses), *parameters)
+        out.parameters = tuple(parameters)
         return out
 
     def _adapt(self, batch: TaskBatch, settings: dict[str, Any], given: Mapping[str, Tensor] | None) -> AdaptedModel:
         ran = self._run(batch, "adapt", given=given, **settings)
         view, values = ran.runner.view, ran.results.values
-        spec = Spec("predict", 0, self.loss, self._spec("adapt", None, settings["batchnorm"])[0].batchnorm, backend=self.backend)
-        predict = self._engine.runner(view, batch.support_x, spec)
+        spec = Spec("predict", 0, self.loss, self._spec("adapt", None, settings["batchnorm"], None)[0].batchnorm, backend=self.backend)
+        predict = self._engine.runner(view, batch, spec)
         support_losses = values.get("loss.support")
         if support_losses is None:
             support_losses = torch.zeros(len(batch), 0).to(view.like)

@@ -100,13 +100,13 @@ def check_model(model: object) -> nn.Module:
 
 
 def check_device(batch: TaskBatch, like: Tensor) -> None:
-    if batch.support_x.device != like.device:
-        raise ValueError(f"the tasks are on {batch.support_x.device}, the model on {like.device}: move one of them (tasks.to(...))")
+    if batch.device != like.device:
+        raise ValueError(f"the tasks are on {batch.device}, the model on {like.device}: move one of them (tasks.to(...))")
 
 
 def check_inputs(batch: TaskBatch, like: Tensor, tokens: bool) -> None:
     """``tokens``: whether integers may be meant as they are, for an embedding."""
-    for name, x in (("support_x", batch.support_x), ("query_x", batch.query_x)):
+    for name, x in zip(("support_x", "query_x"), batch.stored()[::2], strict=True):
         if x.dtype is like.dtype or x.dtype in (torch.float32, torch.float64, torch.uint8):
             continue
         if not tokens or x.dtype not in (torch.int32, torch.int64):
@@ -115,17 +115,17 @@ def check_inputs(batch: TaskBatch, like: Tensor, tokens: bool) -> None:
 
 def check_targets(batch: TaskBatch, loss: Loss, output: tuple[int, ...], outer: bool) -> None:
     """Targets against loss and model; ``outer``: the query's are not ours. Reads labels once per batch object and model size."""
-    targets = (("support_y", batch.support_y),) if outer else (("support_y", batch.support_y), ("query_y", batch.query_y))
+    row = batch.row_shapes[1]
     if loss.name == "mse":
-        for name, y in targets:
+        for name, y in zip(("support_y",) if outer else ("support_y", "query_y"), batch.stored()[1::2], strict=False):
             if not y.is_floating_point():
                 raise TypeError(f"{name} is {y.dtype}: loss='mse' needs float targets (y.float())")
-            if y.shape[1:] != output:
-                raise ValueError(f"{name} has rows of shape {list(y.shape[1:])}, the model's output {list(output)}: they must be equal for loss='mse'")
+            if row != output:
+                raise ValueError(f"{name} has rows of shape {list(row)}, the model's output {list(output)}: they must be equal for loss='mse'")
         return
     if len(output) != 1:
         raise ValueError(f"the model's output has shape {list(output)} per sample: loss='cross_entropy' needs [classes]")
-    for name, y in targets:
+    for name, y in (("support_y", batch.support_y),) if outer else (("support_y", batch.support_y), ("query_y", batch.query_y)):
         if y.is_floating_point() or y.is_complex() or y.dtype is torch.bool:
             raise TypeError(f"{name} is {y.dtype}: loss='cross_entropy' needs class labels as integers (y.long())")
         if y.dim() != 1:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from fastmaml.autograd import NoGradient
 from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
 
@@ -27,7 +28,11 @@ class NonFiniteError(FloatingPointError):
         return type(self), (self.tasks,)
 
 
-@dataclass(slots=True)
+@lru_cache(maxsize=64)
+def _uniform(tasks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((tasks,), 1.0 / tasks, dtype=dtype, device=device)
+
+
 class MetaOutput:
     """One meta-iteration.
 
@@ -36,33 +41,52 @@ class MetaOutput:
     task_losses     [tasks] outer losses (multi-step: the weighted sums); None with outer_loss=
     support_losses  [tasks, inner_steps] inner losses before each step
     finite          [tasks] bool: tasks that are in the sums
+    correct         [tasks] right predictions (classification), or None
     executor, precision   what ran
     """
 
-    loss: Tensor | None
-    joined_logits: Tensor
-    task_losses: Tensor | None
-    support_losses: Tensor
-    finite: Tensor
-    executor: str
-    precision: str
-    batch: TaskBatch
-    correct: Tensor | None = None
+    __slots__ = ("_guarded", "_values", "batch", "correct", "executor", "finite", "loss", "parameters", "precision")
 
-    @classmethod
-    def of(cls, call: Call, results: Results) -> MetaOutput:
-        values, finite = results.values, results.finite
-        losses, logits, loss = values.get("loss.query"), values["logits"], None
-        if losses is not None:
-            if losses.dim() == 2:  # [tasks, steps + 1]: the multi-step loss
-                losses = losses @ call.weights["step_weights"][-losses.shape[1] :]
-            kept = losses if call.strict else torch.where(finite.to(losses.device), losses, 0.0)
-            loss = kept.mean() if call.task_weights is None else (kept * call.task_weights.to(kept)).sum()
-        support = values.get("loss.support")
-        if support is None:
-            support = logits.new_zeros(len(call.batch), 0)
-        precision = "highest" if logits.dtype is torch.float32 else "float64"
-        return cls(loss, logits, losses, support, finite, results.executor, precision, call.batch, values.get("correct"))
+    def __init__(self, call: Call, results: Results) -> None:
+        self._values, self._guarded = results.values, {}
+        self.finite, self.executor, self.batch = results.finite, results.executor, call.batch
+        self.precision = "highest" if results.values["logits"].dtype is torch.float32 else "float64"
+        self.parameters: tuple[Tensor, ...] = ()  # of which the outputs are no constants: they refuse to be differentiated
+        self.correct = results.values.get("correct")
+        self.loss = self._loss(call, results.all_finite)
+
+    def _loss(self, call: Call, all_finite: bool) -> Tensor | None:
+        losses = self._values.get("loss.query")
+        if losses is None:
+            return None
+        if losses.dim() == 2:  # [tasks, steps + 1]: the multi-step loss
+            self._values["loss.query"] = losses = losses @ call.weights["step_weights"][-losses.shape[1] :]
+        kept = losses if call.strict or all_finite else torch.where(self.finite.to(losses.device), losses, 0.0)
+        if call.task_weights is not None:
+            return torch.dot(kept, call.task_weights.to(kept))
+        return torch.dot(kept, _uniform(len(kept), kept.dtype, kept.device))
+
+    def _guard(self, name: str) -> Tensor | None:
+        value = self._guarded.get(name, self._values.get(name))
+        if self.parameters and value is not None and name not in self._guarded:
+            with torch.enable_grad():
+                value = self._guarded[name] = NoGradient.apply((value,), *self.parameters)[0]
+        return value
+
+    @property
+    def joined_logits(self) -> Tensor:
+        """[sum n_query, ...]"""
+        return self._guard("logits")
+
+    @property
+    def task_losses(self) -> Tensor | None:
+        return self._guard("loss.query")
+
+    @property
+    def support_losses(self) -> Tensor:
+        if "loss.support" not in self._values:
+            self._values["loss.support"] = self._values["logits"].new_zeros(len(self.batch), 0)
+        return self._guard("loss.support")
 
     @property
     def logits(self) -> Tensor | tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <stdexcept>
 
@@ -157,9 +158,9 @@ std::vector<T*> pointers(const std::vector<int64_t>& addresses) {
     return out;
 }
 
-// One half for all tasks; false: not all that was summed is finite, so nothing was written: call again with the next
-// attempt (0, 1, 2).
-bool execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, int attempt, int64_t support_rows,
+// One half for all tasks: (written, all tasks finite). Not written: not all that was summed is finite; call again with
+// the next attempt (0, 1, 2).
+std::pair<bool, bool> execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, int attempt, int64_t support_rows,
              int64_t query_rows, int64_t ways, int64_t task_weights, double uniform_weight,
              const std::vector<int64_t>& task_buffers, const std::vector<int64_t>& inputs,
              const std::vector<int64_t>& outputs, bool add_to_outputs, bool strict, int64_t meta, int64_t work,
@@ -188,7 +189,8 @@ bool execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, i
         throw std::runtime_error("fastmaml._cpu: the pointers do not fit the Plan");
     const fastmaml::Tier& tier = fastmaml::active_tier();
     py::gil_scoped_release release;
-    return fastmaml::execute(plan, run, tier);
+    const bool written = fastmaml::execute(plan, run, tier);
+    return {written, std::all_of(run.finite, run.finite + tasks, [](bool f) { return f; })};
 }
 
 // One kernel on its own: for tests and per-kernel benchmarks.

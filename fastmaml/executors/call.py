@@ -46,9 +46,10 @@ class Call:
 class Results:
     """``values``: results by name. loss.query [tasks] or [tasks, steps + 1], loss.support [tasks, steps], logits [sum n_query, ...], correct
     [tasks], grad.<leaf>, adapted.<leaf> [tasks, ...]; masks under (name, step) as one tensor per task. ``finite`` [tasks]: tasks that are
-    in the sums. ``state`` goes back into ``reverse``."""
+    in the sums (``all_finite``: whether that is all of them). ``state`` goes back into ``reverse``."""
 
     values: dict[Any, Any]
     finite: Tensor
     state: Any
     executor: str
+    all_finite: bool

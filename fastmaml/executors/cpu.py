@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
 from fastmaml.executors.cpu_kernels import native
 from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
-from fastmaml.plan.instructions import Buffer, Plan
+from fastmaml.plan.instructions import Plan
 
 try:
     from fastmaml import _cpu
@@ -26,16 +25,24 @@ except ImportError as error:  # kept, and shown when the executor is asked for
     _cpu = None
     IMPORT_ERROR = str(error)
 
+_REAL, _INT = torch.float32, torch.int64
+_DATA = ("x.support", "y.support", "x.query", "y.query")  # in the order of TaskBatch.stored
 LOWERINGS = 16  # capacities kept per Plan
 
 
 @dataclass
 class Workspace:
-    """Memory of one caller: the packed leaves and gradients, the arenas of the workers, what is kept per task."""
+    """Memory of one caller: the packed leaves and gradients, the arenas of the workers, what is kept per task.
+
+    pointers   of the task buffers; those of one call's data and results are filled in anew
+    results    (task buffer, its name, shape) of what a call leaves behind
+    """
 
     meta: Tensor
     work: Tensor
     kept: dict[str, Tensor]
+    pointers: list[int]
+    results: list[tuple[int, str, tuple[int, ...]]]
 
 
 @dataclass
@@ -45,8 +52,8 @@ class State:
     call: Call
     lowering: Prepared
     workspace: Workspace
-    data: dict[str, Tensor]
-    versions: dict[str, int]
+    data: dict[int, Tensor]
+    versions: dict[int, int]
     finite: Tensor
 
 
@@ -61,18 +68,18 @@ class Prepared:
         self.native = _cpu.Plan(self.lowering.words)
         self.inputs, self.outputs = self.lowering.inputs, self.lowering.outputs
         self.task_buffers = self.lowering.task_buffers
-        data = ("x.support", "y.support", "x.query", "y.query")
-        self.data = [name for name in self.task_buffers if name in data]
-        self.leaves = [name for name in self.task_buffers if name in plan.inputs and name not in data and name != "dlogits"]
+        at = {name: i for i, name in enumerate(self.task_buffers)}
+        self.data = [(at[name], i, _INT if plan.buffers[name].kind == "label" else _REAL) for i, name in enumerate(_DATA) if name in at]
+        self.leaves = [(at[name], name) for name in self.task_buffers if name in plan.inputs and name not in (*_DATA, "dlogits")]
         masks = [name for name in plan.results if plan.buffers[name].kind == "mask"]
-        self.results = [n for n in self.task_buffers if n in plan.results and n not in masks]
-        self.kept = [n for n in self.task_buffers if n not in (*self.data, *self.leaves, *self.results, "dlogits")]
+        self.results = [(at[name], name) for name in self.task_buffers if name in plan.results and name not in masks]
+        known = {*_DATA, *(name for _, name in (*self.leaves, *self.results)), "dlogits"}
+        self.kept = [(at[name], name) for name in self.task_buffers if name not in known]
+        self.dlogits = at.get("dlogits")
         self.idle: dict[tuple[int, ...], list[Workspace]] = {}
 
-    def key(self, batch: TaskBatch, threads: int) -> tuple[int, ...]:
-        return len(batch), threads, batch.support_x.shape[0], batch.query_x.shape[0]
-
     def take(self, key: tuple[int, ...]) -> Workspace:
+        """For key = tasks, threads, support rows, query rows."""
         idle = self.idle.setdefault(key, [])
         try:
             return idle.pop()  # atomic: two threads never get the same one
@@ -81,12 +88,33 @@ class Prepared:
         meta = torch.empty(self.lowering.meta_bytes + 64, dtype=torch.uint8)
         tasks, threads, support, query = key
         rows, low = {"support": support, "query": query}, self.lowering
-        kept = {}
-        for name in self.kept:
+        kept, pointers = {}, [0] * len(self.task_buffers)
+        for i, name in self.kept:
             size = rows[low.buffers[name].rows] * low.row_bytes(name) if low.by_rows(name) else tasks * low.kept_bytes(name)
             kept[name] = torch.empty(size + 64, dtype=torch.uint8)
+            pointers[i] = _aligned(kept[name])
         work = torch.empty(_cpu.work_bytes(self.native, tasks, threads) + 64, dtype=torch.uint8)
-        return Workspace(meta, work, kept)
+        return Workspace(meta, work, kept, pointers, [(i, name, self._shape(name, tasks, query)) for i, name in self.results])
+
+    def _shape(self, name: str, tasks: int, query: int) -> tuple[int, ...]:
+        """Of a result, its rows padded where it is an array of each task (see ``shaped``)."""
+        buffer = self.plan.buffers[name]
+        if buffer.rows:
+            return query, *buffer.shape
+        if buffer.shape == ():
+            return (tasks, buffer.steps) if buffer.steps else (tasks,)
+        return tasks, self.lowering.kept_bytes(name) // 4
+
+    def shaped(self, values: dict) -> dict:
+        """Cuts off padding, and slots of steps that did not run."""
+        for _, name in self.results:
+            buffer = self.plan.buffers[name]
+            if name in values and buffer.shape and not buffer.rows:
+                values[name] = values[name][:, : buffer.numel].reshape(len(values[name]), *buffer.shape)
+        for name, first in self.lowering.first_slot.items():
+            if first and name in values:
+                values[name] = values[name][:, first:]
+        return values
 
     def give_back(self, key: tuple[int, ...], workspace: Workspace) -> None:
         if len(self.idle) > 4:  # batches of ever new sizes must not pile up
@@ -96,6 +124,11 @@ class Prepared:
 
 def _aligned(tensor: Tensor) -> int:
     return (tensor.data_ptr() + 63) // 64 * 64
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this type and contiguous, itself if it may be."""
+    return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.detach().to(dtype).contiguous()
 
 
 class CpuExecutor:
@@ -137,79 +170,84 @@ class CpuExecutor:
         batch = call.batch
         prepared = self.prepared(max(batch.support_sizes), max(batch.query_sizes))
         threads = self.threads or torch.get_num_threads()
-        workspace = prepared.take(prepared.key(batch, threads))
-        data = {name: _floats(getattr(batch, _FIELD[name]), self.plan.buffers[name]) for name in prepared.data}
-        values = {name: self._result(name, prepared, call) for name in prepared.results}
-        pointers = {name: tensor.data_ptr() for name, tensor in (*data.items(), *values.items())}
-        for name in prepared.leaves:
-            data[name] = call.leaves[name].detach().to(torch.float32).contiguous()
-            pointers[name] = data[name].data_ptr()
-        pointers.update({name: _aligned(tensor) for name, tensor in workspace.kept.items()})
+        key = (len(batch), threads, sum(batch.support_sizes), sum(batch.query_sizes))
+        workspace = prepared.take(key)
+        pointers, stored, data, values = workspace.pointers, batch.stored(), {}, {}
+        for i, part, dtype in prepared.data:
+            data[i] = tensor = _as(stored[part], dtype)
+            pointers[i] = tensor.data_ptr()
+        for i, name, shape in workspace.results:
+            values[name] = tensor = torch.empty(shape, dtype=_REAL)
+            pointers[i] = tensor.data_ptr()
+        for i, name in prepared.leaves:
+            data[i] = tensor = _as(call.leaves[name], _REAL)
+            pointers[i] = tensor.data_ptr()
         finite = torch.empty(len(batch), dtype=torch.bool)
         gradients = self._gradients(prepared, call) if self.plan.entries == 1 else {}
-        self._execute(prepared, call, 0, threads, workspace, pointers, gradients, finite)
+        all_finite = self._execute(prepared, call, 0, threads, workspace, gradients, finite)
         if call.record:
             values.update(self._masks(prepared, workspace, batch))
         state = None
         if self.plan.entries == 1:
-            prepared.give_back(prepared.key(batch, threads), workspace)
+            prepared.give_back(key, workspace)
         else:
-            versions = {name: tensor._version for name, tensor in data.items()}
+            versions = {i: tensor._version for i, tensor in data.items()}
             state = State(call, prepared, workspace, data, versions, finite)
-        return Results(self._shaped(prepared, values, gradients), finite, state, self.name)
+        values = prepared.shaped(values)
+        values.update(gradients)
+        return Results(values, finite, state, self.name, all_finite)
 
     def reverse(self, state: State, dlogits: list[Tensor]) -> Results:
-        for name, tensor in state.data.items():
-            if tensor._version != state.versions[name]:
+        prepared, call, kept = state.lowering, state.call, state.workspace
+        for i, tensor in state.data.items():
+            if tensor._version != state.versions[i]:
+                name = prepared.task_buffers[i]
                 raise RuntimeError(f"{name} was changed in place between forward and backward: pass a copy to maml(...)")
-        prepared, call = state.lowering, state.call
         threads = self.threads or torch.get_num_threads()
         joined = torch.cat([d.to(torch.float32) for d in dlogits]).contiguous()
-        pointers = {name: tensor.data_ptr() for name, tensor in state.data.items()}
-        pointers.update({name: _aligned(tensor) for name, tensor in state.workspace.kept.items()})
-        pointers["dlogits"] = joined.data_ptr()
+        values = {name: torch.empty(shape, dtype=_REAL) for _, name, shape in kept.results if name.startswith("grad.")}  # of a task's own leaves
+        pointers = kept.pointers.copy()
+        for i, name, _ in kept.results:
+            pointers[i] = values[name].data_ptr() if name in values else 0
+        pointers[prepared.dlogits] = joined.data_ptr()
         gradients, finite = self._gradients(prepared, call), state.finite.clone()
-        values = {name: self._result(name, prepared, call) for name in prepared.results if name.startswith("grad.")}  # of a task's own leaves
-        pointers.update({name: tensor.data_ptr() for name, tensor in values.items()})
         # the workspace was laid out for the forward half's threads; kept and packed arrays do not depend on them
         work = torch.empty(_cpu.work_bytes(prepared.native, len(call.batch), threads) + 64, dtype=torch.uint8)
-        workspace = Workspace(state.workspace.meta, work, state.workspace.kept)
-        self._execute(prepared, call, 1, threads, workspace, pointers, gradients, finite)
-        return Results(self._shaped(prepared, values, gradients), finite, None, self.name)
+        workspace = Workspace(kept.meta, work, kept.kept, pointers, kept.results)
+        all_finite = self._execute(prepared, call, 1, threads, workspace, gradients, finite)
+        return Results({**prepared.shaped(values), **gradients}, finite, None, self.name, all_finite)
 
-    def _execute(self, prepared: Prepared, call: Call, half: int, threads: int, w: Workspace, pointers, gradients, finite) -> None:
-        batch, weights = call.batch, call.task_weights
-        given = {**call.leaves, **call.rates, **call.weights}
-        keep = [_float32(given[name]) for name in prepared.inputs]
-        ways = 0 if batch.ways is None else batch.ways.data_ptr()
+    def _execute(self, prepared: Prepared, call: Call, half: int, threads: int, w: Workspace, gradients: dict, finite: Tensor) -> bool:
+        """Whether all tasks are finite."""
+        batch, weights, sinks = call.batch, call.task_weights, bool(call.sinks)
+        inputs = []
+        for name in prepared.inputs:
+            found = call.leaves.get(name)
+            if found is None:
+                found = call.rates[name] if name in call.rates else call.weights[name]
+            inputs.append(_as(found, _REAL))
         arguments = (
             batch.support_offsets.data_ptr(),
             batch.query_offsets.data_ptr(),
-            ways,
+            0 if batch.ways is None else batch.ways.data_ptr(),
             0 if weights is None else weights.data_ptr(),
             call.task_weight(0) if weights is None else 1.0,
-            [pointers.get(name, 0) for name in prepared.task_buffers],
-            [tensor.data_ptr() for tensor in keep],
+            w.pointers,
+            [tensor.data_ptr() for tensor in inputs],
             [gradients[name].data_ptr() if name in gradients else 0 for name in prepared.outputs],
-            bool(call.sinks),
-            bool(call.sinks) and call.strict,
+            sinks,
+            sinks and call.strict,
             _aligned(w.meta),
             _aligned(w.work),
             finite.data_ptr(),
         )
         for attempt in range(3):  # see csrc/cpu/executor.h: only sums that are not finite need more than one
-            if _cpu.execute(prepared.native, len(batch), half, threads, attempt, *arguments):
+            written, all_finite = _cpu.execute(prepared.native, len(batch), half, threads, attempt, *arguments)
+            if written:
                 break
+        return all_finite
 
     # ------------------------------------------------------------------------------------------------------- arrays
-    def _result(self, name: str, prepared: Prepared, call: Call) -> Tensor:
-        buffer, tasks = self.plan.buffers[name], len(call.batch)
-        if buffer.rows:
-            return torch.empty((call.batch.query_x.shape[0], *buffer.shape))
-        if buffer.shape == ():
-            return torch.empty((tasks, buffer.steps)) if buffer.steps else torch.empty(tasks)
-        return torch.empty((tasks, prepared.lowering.kept_bytes(name) // 4))  # padded: cut in _shaped
-
     def _gradients(self, prepared: Prepared, call: Call) -> dict[str, Tensor]:
         """Where the gradients go: the caller's own arrays (added to), or new ones."""
         out = {}
@@ -222,20 +260,10 @@ class CpuExecutor:
                 out[name] = torch.empty((buffer.steps, *buffer.shape) if buffer.steps else buffer.shape)
         return out
 
-    def _shaped(self, prepared: Prepared, values: dict, gradients: dict[str, Tensor]) -> dict:
-        for name, tensor in values.items():
-            if isinstance(name, str) and (buffer := self.plan.buffers[name]).shape and not buffer.rows:
-                values[name] = tensor[:, : buffer.numel].reshape(len(tensor), *buffer.shape)
-        for name, first in prepared.lowering.first_slot.items():
-            if first and name in values:
-                values[name] = values[name][:, first:]
-        values.update(gradients)
-        return values
-
     def _masks(self, prepared: Prepared, workspace: Workspace, batch) -> dict:
         """The recorded masks: (buffer, step) -> one bool tensor per task."""
         out = {}
-        for name in prepared.kept:
+        for _, name in prepared.kept:
             buffer = self.plan.buffers[name]
             if buffer.kind != "mask" or name not in self.plan.results:
                 continue
@@ -257,13 +285,3 @@ class CpuExecutor:
         return out
 
 
-_FIELD = {"x.support": "support_x", "y.support": "support_y", "x.query": "query_x", "y.query": "query_y"}
-
-
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype is torch.float32 and tensor.is_contiguous() else tensor.detach().to(torch.float32).contiguous()
-
-
-def _floats(tensor: Tensor, buffer: Buffer) -> Tensor:
-    dtype = torch.int64 if buffer.kind == "label" else torch.float32
-    return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()

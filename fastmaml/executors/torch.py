@@ -113,7 +113,7 @@ class TorchExecutor:
                     self._sum(call, outer, good, phase)
                 elif phase.scope == "meta":
                     self._phase(outer, phase, call)
-        return Results(self._collect(meta, tasks), finite, (call, meta, tasks), self.name)
+        return Results(self._collect(meta, tasks), finite, (call, meta, tasks), self.name, bool(finite.all()))
 
     def _each(self, tasks: list[Task], phase: Phase, call: Call) -> None:
         """A phase of scope "batch", task by task; sums over rows are each task's own share."""
