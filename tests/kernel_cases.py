@@ -6,8 +6,10 @@ and so are outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,53 +20,75 @@ from fastmaml import _cpu
 from fastmaml.executors.torch_kernels import KERNELS
 
 TIERS = _cpu.tiers()
-LANE = 16
+LANE, PANEL, NARROW = 16, 64, 8  # as in plan.h
 Tensors = list[Tensor | None]
 CHANNELS, ROWS = (1, 7, 16, 63, 65), (1, 5, 23)
 SHAPES = [(n, c) for n in ROWS for c in CHANNELS]
 worst: dict[str, float] = {}  # kernel -> largest error / allowed error of this run
 
 
+def pad(n: int) -> int:
+    return -(-n // LANE) * LANE
+
+
+@cache
+def packed(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Where the elements of a packed [out, in] weight lie (plan.h), and where its padding does."""
+    o, i = torch.arange(outputs)[:, None], torch.arange(inputs)
+    if outputs <= NARROW:
+        at, floats = o * pad(inputs) + i, outputs * pad(inputs)
+    else:
+        width = (pad(outputs) - o // PANEL * PANEL).clamp(max=PANEL)
+        at, floats = o // PANEL * PANEL * inputs + i * width + o % PANEL, inputs * pad(outputs)
+    rest = torch.ones(floats, dtype=torch.bool)
+    rest[at] = False
+    return at.flatten(), rest.nonzero().flatten()
+
+
 class Operand:
     """``value`` None: an output of ``shape``; ``over``: written in place of that operand.
 
-    Kinds: rows [n, c] (padded), plain [n, c] (the user's array: no padding), mask [n, c], label [n],
-    vector [c] (padded), scalar [].
+    Kinds: rows [n, c] (padded), dense [n, c] (padded, nothing between them), plain [n, c] (the user's array: no
+    padding), mask [n, c], label [n], double [n, m] (padding that nobody reads or writes), vector [...] (an array padded
+    as a whole), packed [out, in] (a weight), scalar [].
     """
 
     def __init__(self, kind: str, value: Tensor | None = None, shape: Sequence[int] = (), over: int | None = None):
         self.kind, self.value, self.over = kind, value, over
         self.shape = tuple(shape if value is None else value.shape)
-        self.dtype = {"mask": torch.uint8, "label": torch.int64}.get(kind, torch.float32)
-        self.by_row = kind in ("rows", "plain", "mask", "label")
-        self.width = 1 if kind in ("label", "scalar") else self.shape[-1]
-        padded = kind in ("rows", "mask", "vector")
-        self.padded = -(-self.width // LANE) * LANE if padded else self.width
-        self.stride = self.dtype.itemsize * (self.padded + (LANE if padded else 0))
+        self.dtype = {"mask": torch.uint8, "label": torch.int64, "double": torch.float64}.get(kind, torch.float32)
+        self.by_row = kind in ("rows", "dense", "plain", "mask", "label", "double")
+        self.padded = self.width = math.prod(self.shape[1:] if self.by_row else self.shape)
+        if kind in ("rows", "dense", "mask", "vector"):
+            self.padded = pad(self.width)
+        self.used, self.rest = slice(self.width), slice(self.width, self.padded)
+        if kind == "packed":
+            self.used, self.rest = packed(*self.shape)
+            self.padded = self.width + len(self.rest)
+        gap = LANE if kind in ("rows", "mask", "vector", "packed", "double") else 0
+        self.stride = self.dtype.itemsize * (self.padded + gap)
+        self.bytes: Tensor | None = None
 
     def pack(self) -> None:
         rows = self.shape[0] if self.by_row else 1
         self.bytes = torch.full((rows + 2, self.stride), 255, dtype=torch.uint8)  # a row of poison before and behind
         if self.value is not None:
-            self.padding().zero_()
-            self.data().copy_(self.value.reshape(rows, self.width))
+            self.data()[:, self.rest] = 0
+            self.data()[:, self.used] = self.value.reshape(rows, self.width).to(self.dtype)
         self.before = self.bytes.clone()
 
     def data(self) -> Tensor:
-        return self.bytes[1:-1].view(self.dtype)[:, : self.width]
-
-    def padding(self) -> Tensor:
-        return self.bytes[1:-1].view(self.dtype)[:, self.width : self.padded]
+        return self.bytes[1:-1].view(self.dtype)
 
     def pointer(self, row0: int) -> int:
         return self.bytes.data_ptr() + self.stride * (1 + (row0 if self.by_row else 0))
 
     def unpack(self) -> Tensor:
-        assert not self.padding().any(), "the padding must stay zero"  # NaN is true
-        used = self.padded * self.dtype.itemsize
-        assert torch.equal(self.bytes[1:-1, used:], self.before[1:-1, used:]), "written behind a row"
+        assert not self.data()[:, self.rest].any(), "the padding must stay zero"  # NaN is true
+        end = self.padded * self.dtype.itemsize
+        assert torch.equal(self.bytes[1:-1, end:], self.before[1:-1, end:]), "written behind a row"
         assert torch.equal(self.bytes[[0, -1]], self.before[[0, -1]]), "written outside"
-        return self.data().reshape(self.shape).clone()
+        return self.data()[:, self.used].reshape(self.shape).clone()
 
 
 def operand(kind: str, value: Tensor | None) -> Operand | None:
@@ -77,6 +101,10 @@ def rows(value: Tensor | None) -> Operand | None:
 
 def vector(value: Tensor | None) -> Operand | None:
     return operand("vector", value)
+
+
+def scalar(value: float | None) -> Operand | None:
+    return None if value is None else Operand("scalar", torch.tensor(value))
 
 
 def out(kind: str, *shape: int, over: int | None = None) -> Operand:
@@ -111,7 +139,8 @@ class Pool:
 
 @dataclass
 class Case:
-    """One call: operands in the order of kernels.h, and what the reference of torch_kernels.py needs to know."""
+    """One call: operands in the order of kernels.h, and what the reference needs to know: the function of torch_kernels.py
+    of the same name, or ``formula``; it gets the inputs, also those that come ``after`` the outputs."""
 
     kernel: str
     inputs: Sequence[Operand | None]
@@ -122,39 +151,47 @@ class Case:
     attrs: dict[str, Any] = field(default_factory=dict)
     support: int = 0  # rows of the support; the others of n are the query's
     ways: int = 0
+    after: Sequence[Operand | None] = ()
+    formula: Callable[..., Any] | None = None
     references: tuple[Any, ...] = ()  # float64's and float32's results, once they are asked for
 
     def run(self, tier: str, block: int | None = None, parts: int = 1) -> Tensors:
         """The outputs, computed in blocks of that many rows by a team of that many members, one after another."""
-        operands = [*self.inputs, *self.outputs]
+        operands = [*self.inputs, *self.outputs, *self.after]
         given = [operand for operand in operands if operand is not None]
-        for operand in given:
-            operand.pack()
-        block, task = block or self.n, (0, self.support, self.n - self.support, self.ways)
         home = [o if o is None or o.over is None else operands[o.over] for o in operands]
-        for row0 in range(0, self.n, block):
-            count = min(block, self.n - row0)
+        overwritten = {id(x) for i, o in enumerate(operands) if o is not None and o.value is None for x in (o, home[i])}
+        for operand in given:
+            if operand.bytes is None:  # an input of an earlier run is as it was
+                operand.pack()
+        end, task = max(self.n, 1), (0, self.support, self.n - self.support, self.ways)
+        for row0 in range(0, end, block or end):
+            count = min(block or end, self.n - row0)
             pointers = [0 if o is None else o.pointer(row0) for o in home]
             strides = [0 if o is None else o.stride for o in home]
             for part in range(parts):
                 where = count, row0, self.n, row0 == 0, row0 + count == self.n, part, parts
                 _cpu.call_kernel(tier, self.kernel, pointers, strides, *where, self.sizes, self.numbers, task)
-        overwritten = {id(home[i]) for i, o in enumerate(operands) if o is not None and o.value is None}
         for operand in given:
             assert id(operand) in overwritten or torch.equal(operand.bytes, operand.before), "an input was written"
         first = len(self.inputs)
-        return [None if o is None else home[first + i].unpack() for i, o in enumerate(self.outputs)]
+        got = [None if o is None else home[first + i].unpack() for i, o in enumerate(self.outputs)]
+        for operand in given:
+            operand.bytes = None if id(operand) in overwritten else operand.bytes
+        return got
 
     def reference(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         def cast(operand: Operand | None) -> Tensor | None:
             if operand is None:
                 return None
-            return operand.value.to(dtype) if operand.value.is_floating_point() else operand.value
+            real = operand.value.is_floating_point() and operand.kind != "double"
+            return operand.value.to(dtype) if real else operand.value
 
         task = SimpleNamespace(
             rows={"support": self.support, "query": self.n - self.support, "joint": self.n}, ways=self.ways
         )
-        result = KERNELS[self.kernel](task, self.attrs, *map(cast, self.inputs))
+        function = self.formula or KERNELS[self.kernel]
+        result = function(task, self.attrs, *map(cast, [*self.inputs, *self.after]))
         return result if isinstance(result, tuple) else (result,)
 
     def judge(self, got: Tensors, where: str = "", pool: Pool | None = None, slack: float = 0.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from hypothesis import assume, given
 from random_programs import Case, error, examples, gradients, norm, numbers_for, random_case, randoms
 from torch import Tensor
 
+import fastmaml
 import fastmaml.nn as nets
 from fastmaml import _cpu
 from fastmaml.batch import TaskBatch
@@ -61,6 +63,21 @@ def masks_equal_error(case: Case, bound: float, **options: object) -> float:
         allowed = 8 * (error(plain, truth, ZERO) + error(moved, truth, ZERO))
         assert worst <= allowed, f"error {worst:.2g}, conditioning explains {allowed:.2g}"
     return worst
+
+
+@pytest.mark.parametrize("rows", [96, 97, 150, 250])
+def test_many_support_rows(rows: int) -> None:
+    """Sums over so many rows are made in pieces, which must not be added to in place."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3))
+    settings = {"inner_lr": 0.05, "inner_steps": 3, "loss": "mse"}
+    tasks = [torch.randn(4, n, c) for n, c in ((rows, 10), (rows, 3), (20, 10), (20, 3))]
+    found = []
+    for backend, dtype in (("cpu", torch.float32), ("torch", torch.float64)):
+        own = copy.deepcopy(model).to(dtype)
+        fastmaml.MAML(own, backend=backend, **settings).meta_grad([v.to(dtype) for v in tasks])
+        found.append(torch.cat([p.grad.double().flatten() for p in own.parameters()]))
+    assert float((found[0] - found[1]).norm() / found[1].norm()) <= 2e-6
 
 
 def test_random_programs() -> None:

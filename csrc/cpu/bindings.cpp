@@ -47,11 +47,12 @@ fastmaml::Operand read_operand(Reader& in) {
     fastmaml::Operand o;
     if (!in.next()) return o;
     o.base = read_base(in);
-    o.by_row = in.next() != 0;
+    const bool by_row = in.next() != 0;
     o.shift = in.next();
     o.offset = in.next();
     o.step_stride = in.next();
     o.row_stride = in.next();
+    o.advance = by_row ? o.row_stride : 0;
     if (in.next()) {
         o.first_base = read_base(in);
         o.first_offset = in.next();

@@ -42,17 +42,24 @@ private:
     std::atomic<int> arrived_{0}, turn_{0};
 };
 
-Shape shape_of(int64_t tasks, int threads) {
+// Chunks of tasks that are summed on their own: fixed by the Plan and the number of tasks, never by threads. Where tasks
+// take microseconds, bringing the sums together is a part of the time.
+static int64_t chunks_of(const Plan& plan, int64_t tasks) {
+    const int64_t most = plan.run_bytes <= 128 * 1024 ? 8 : 16;
+    return tasks < 1 ? 1 : tasks < most ? tasks : most;
+}
+
+Shape shape_of(const Plan& plan, int64_t tasks, int threads) {
     if (threads < 1) threads = 1;
     const int team = tasks > 0 && tasks < threads ? static_cast<int>(threads / tasks) : 1;
-    const int64_t workers = threads / team < tasks ? threads / team : (tasks > 0 ? tasks : 1);
-    return {static_cast<int>(workers), team, tasks < 16 ? (tasks > 0 ? tasks : 1) : 16};
+    const int64_t chunks = chunks_of(plan, tasks), workers = threads / team < chunks ? threads / team : chunks;
+    return {static_cast<int>(workers), team, chunks};
 }
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t work_bytes(const Plan& plan, int64_t tasks, int threads) {
-    const Shape s = shape_of(tasks, threads);
+    const Shape s = shape_of(plan, tasks, threads);
     return s.workers * aligned(plan.run_bytes) + s.chunks * aligned(plan.accumulator_floats * 4);
 }
 
@@ -92,11 +99,9 @@ static void begin_task(Worker& w, int64_t t) {
 }
 
 static inline void* address(const Operand& o, const Worker& w, int64_t step, int64_t row0) {
-    if (o.base < 0) return nullptr;
     const int64_t slot = step + o.shift;
-    if (slot == 0 && o.first_base >= 0) return w.base[o.first_base] + o.first_offset;
-    char* p = w.base[o.base] + o.offset + slot * o.step_stride;
-    return o.by_row ? p + row0 * o.row_stride : p;
+    if (o.first_base != kNoBase && slot == 0) return w.base[o.first_base] + o.first_offset;
+    return w.base[o.base] + (o.offset + slot * o.step_stride + row0 * o.advance);
 }
 
 // ---------------------------------------------------------------------------------------------------- walking
@@ -277,7 +282,7 @@ static void find_bad_tasks(Shared& s, const Instruction& in, const Worker& w, co
 // all finite tasks.
 static void run_batch(Shared& s, const Phase& phase, int me, int n) {
     Barrier alone(1);
-    Worker w{&s.plan, &s.run, &s.tier, Task{}, &alone, 0, 1, {s.run.meta, nullptr}};
+    Worker w{&s.plan, &s.run, &s.tier, Task{}, &alone, 0, 1, {nullptr, s.run.meta, nullptr}};
     w.base.resize(kFirstTaskBase + s.plan.task_buffers.size());
     begin_task(w, 0);
     for (const Group& group : phase.groups) {
@@ -316,7 +321,7 @@ static void run_batch(Shared& s, const Phase& phase, int me, int n) {
 // The phases outside the tasks: before them, or after.
 static void run_outside(Shared& s, bool after, int me, int n) {
     Barrier alone(1);
-    Worker w{&s.plan, &s.run, &s.tier, Task{}, &alone, 0, 1, {s.run.meta, nullptr}};
+    Worker w{&s.plan, &s.run, &s.tier, Task{}, &alone, 0, 1, {nullptr, s.run.meta, nullptr}};
     bool tasks_seen = false;
     for (const Phase& phase : s.plan.phases) {
         if (phase.scope == Scope::kTask) tasks_seen = true;
@@ -336,7 +341,7 @@ static float* accumulator(Shared& s, int64_t chunk) {
 
 static void run_tasks(Shared& s, int team, int part) {
     Worker w{&s.plan, &s.run, &s.tier, Task{}, s.teams[team].get(), part, s.shape.team, {}};
-    w.base = {s.run.meta, s.run.work + team * aligned(s.plan.run_bytes)};
+    w.base = {nullptr, s.run.meta, s.run.work + team * aligned(s.plan.run_bytes)};
     w.base.resize(kFirstTaskBase + s.plan.task_buffers.size());
     const bool sums = s.run.half == s.plan.halves - 1;
     for (;;) {
@@ -455,7 +460,7 @@ bool execute(const Plan& plan, const Run& run, const Tier& tier) {
 #endif
     Shared s{plan, run, tier};
     auto prepare = [&](int given, int meet) {  // the workspace is laid out for run.threads; fewer may have come
-        s.shape = shape_of(run.tasks, given);
+        s.shape = shape_of(plan, run.tasks, given);
         s.all.reset(new Barrier(meet));
         for (int i = 0; i < s.shape.workers; ++i) s.teams.emplace_back(new Barrier(s.shape.team));
         s.current.assign(s.shape.workers, 0);
@@ -467,7 +472,7 @@ bool execute(const Plan& plan, const Run& run, const Tier& tier) {
         return written(s);
     }
 #ifdef _OPENMP
-    if (is_small(plan, shape_of(run.tasks, threads))) {
+    if (is_small(plan, shape_of(plan, run.tasks, threads))) {
         prepare(threads, 1);
 #pragma omp parallel num_threads(threads)
         run_small(s, omp_get_thread_num());

@@ -30,7 +30,7 @@ struct Shape {
     int workers, team;
     int64_t chunks;
 };
-Shape shape_of(int64_t tasks, int threads);
+Shape shape_of(const Plan& plan, int64_t tasks, int threads);
 int64_t work_bytes(const Plan& plan, int64_t tasks, int threads);
 
 // True if the outputs are written. False: something summed is not finite, so run again with `careful`; careful and

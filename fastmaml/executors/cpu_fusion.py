@@ -31,11 +31,14 @@ class Step:
 Groups = list[tuple[str | None, list[Step]]]
 
 
-class Fusion:
-    """Over one phase at a time. ``in_blocks(rows, steps)``: whether a group runs block by block, so that a sum over rows has no single end."""
+DEEP = 96  # rows; as in csrc/cpu/kernels/linear.cpp: longer sums are made in pieces, with the first of them in the place of the result
 
-    def __init__(self, plan: Plan, buffers: Mapping[str, Buffer], in_blocks: Callable[[str | None, list[Step]], int]) -> None:
-        self.results, self.buffers, self.in_blocks = plan.results, buffers, in_blocks
+
+class Fusion:
+    """Over one phase at a time. ``pieces(rows, steps)``: whether a group's sums over rows are made in pieces: block by block, or over more than DEEP."""
+
+    def __init__(self, plan: Plan, buffers: Mapping[str, Buffer], pieces: Callable[[str | None, list[Step]], bool]) -> None:
+        self.results, self.buffers, self.pieces = plan.results, buffers, pieces
         self.readers = Counter(ref.buffer for _, instr in plan.instructions() for ref in set(instr.reads()))
         self.writers = Counter(ref.buffer for _, instr in plan.instructions() for ref in set(instr.writes()))
 
@@ -92,7 +95,7 @@ class Fusion:
             for i, step in enumerate(steps):
                 for which, slot in enumerate(GRADIENTS.get(step.call.kernel, ())):
                     gradient = step.call.operands[slot]
-                    if gradient is None or not self._private(gradient) or self.buffers[gradient.buffer].steps or self.in_blocks(rows, steps):
+                    if gradient is None or not self._private(gradient) or self.buffers[gradient.buffer].steps or self.pieces(rows, steps):
                         continue
                     later = [(members, s) for members, s in _after(groups, g, i) if gradient in s.call.operands]
                     target = _update(later[0][1].call, gradient) if len(later) == 1 else None

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from fastmaml.executors.cpu_fusion import Fusion, Step
+from fastmaml.executors.cpu_fusion import DEEP, Fusion, Step
 from fastmaml.executors.cpu_kernels import Native, native, same_layout
 from fastmaml.plan.instructions import Buffer, Group, Instruction, Phase, Plan, Ref
 from fastmaml.plan.memory import arena_layout
@@ -42,7 +42,7 @@ class Lowering:
         self._layouts()
         self.phases = [self._phase(phase) for phase in plan.schedule]
         self._import_task_leaves()
-        fusion = Fusion(plan, self.buffers, self._block)
+        fusion = Fusion(plan, self.buffers, lambda rows, steps: bool(self._block(rows, steps)) or (rows is not None and self.capacity[rows] > DEEP))
         for phase, groups in self.phases:
             fusion.run(groups, weights=phase.scope == "task")
         self._addresses()

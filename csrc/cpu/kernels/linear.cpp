@@ -113,7 +113,8 @@ void linear_bwd_input_both(const Call& c) {
 
 // ---------------------------------------------------------------------------------------------------- bwd_weight
 // Rows of dy that stay in L1 while all of dw is walked. They are copied together first: rows 1 KB apart would share a
-// quarter of its sets.
+// quarter of its sets. Sums over more rows are made of such pieces, and are not added to anything in place (an epilogue
+// whose base is the result itself): cpu_fusion.py knows the number.
 static constexpr int64_t kDeep = 96;
 
 // The same for few outputs, a vector of inputs at a time
@@ -178,7 +179,12 @@ static void backward_bias(const Call& c, const float* d, int64_t ldd, float* db,
     const Share s = share(pad_lane(c.sizes[1]) / kLane, c);
     for (int64_t o = s.begin * kLane; o < s.end * kLane; o += VL) {
         vec acc = c.first ? vec{} : load(db + o);
-        for (int64_t i = 0; i < c.n; ++i) acc += load(d + i * ldd + o);
+        for (int64_t i = 0; i < c.n;) {
+            const int64_t stop = c.n - i > kDeep ? i + kDeep : c.n;
+            vec chain = i == 0 ? acc : vec{};
+            for (; i < stop; ++i) chain += load(d + i * ldd + o);
+            acc = stop <= kDeep ? chain : acc + chain;
+        }
         store(db + o, base && c.last ? fma(splat(scale), acc, load(base + o)) : acc);
     }
 }

@@ -18,8 +18,12 @@ static void narrow_forward(const Call& c, const Pair* pairs, int n_pairs, const 
             vec acc[2] = {vec{}, vec{}};  // two chains
             for (int p = 0; p < n_pairs; ++p) {
                 const float *x = pairs[p].x + r * pairs[p].ldx, *w = pairs[p].w + o * pairs[p].ldw;
-                for (int64_t k = 0; k < in; k += VL)
-                    acc[k / VL % 2] = fma(load_part(x + k, in - k), load(w + k), acc[k / VL % 2]);
+                int64_t k = 0;
+                for (; k + 2 * VL <= in; k += 2 * VL) {
+                    acc[0] = fma(load(x + k), load(w + k), acc[0]);
+                    acc[1] = fma(load(x + k + VL), load(w + k + VL), acc[1]);
+                }
+                for (int i = 0; k < in; k += VL, ++i) acc[i] = fma(load_part(x + k, in - k), load(w + k), acc[i]);
             }
             row[o] = (b ? b[o] : 0.f) + sum_lanes(acc[0] + acc[1]);
         }

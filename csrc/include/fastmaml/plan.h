@@ -20,16 +20,17 @@ inline int64_t pad_lane(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
 
 enum class Rows : int32_t { kNone, kSupport, kQuery, kJoint };
 
-// Bases that addresses are relative to: the meta arena, the arena of the task in flight, then one per task buffer.
-constexpr int32_t kMetaBase = 0, kArenaBase = 1, kFirstTaskBase = 2;
+// Bases that addresses are relative to: none (an absent operand), the meta arena, the arena of the task in flight, then
+// one per task buffer.
+constexpr int32_t kNoBase = 0, kMetaBase = 1, kArenaBase = 2, kFirstTaskBase = 3;
 
 // Where an operand of an instruction lies. Offsets and strides count bytes.
 struct Operand {
-    int32_t base = -1;        // -1: absent
-    int32_t first_base = -1;  // slot 0 lies elsewhere (theta_0 is the leaf itself); -1: it does not
-    int32_t shift = 0;        // slot on the step axis = step + shift
-    bool by_row = false;      // advances with the rows of a block
+    int32_t base = kNoBase;
+    int32_t first_base = kNoBase;  // where slot 0 lies elsewhere (theta_0 is the leaf itself)
+    int32_t shift = 0;             // slot on the step axis = step + shift
     int64_t offset = 0, step_stride = 0, row_stride = 0, first_offset = 0;
+    int64_t advance = 0;  // from one row of a block to the next: row_stride, or 0 for what has no rows
 };
 
 struct Instruction {
