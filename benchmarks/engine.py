@@ -119,9 +119,7 @@ def peak():  # of this process alone: ru_maxrss would carry over from the parent
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
 for _ in range(3): maml.meta_grad(tasks)
-from fastmaml.plan.memory import plan_bytes
-plan = maml.plan(tasks)
-said = sum(plan_bytes(plan, {"support": 5, "query": 5, "joint": 10}, 32, 2).values()) / 2**20
+said = sum(maml.memory_bytes(tasks).values()) / 2**20
 print(before, peak(), said)
 """
 
@@ -174,7 +172,7 @@ def main() -> None:
         save(args.out, rows)
     kept = memory() if not args.only else []
     for r in kept:
-        print(f"memory, OmniglotFC, K={r['inner_steps']}: {r['above_mb']:.1f} MB above import and data (the Plan said {r['plan_mb']:.1f}), {r['total_mb']:.0f} MB in all")
+        print(f"memory, OmniglotFC, K={r['inner_steps']}: {r['above_mb']:.1f} MB above import and data (the executor said {r['plan_mb']:.1f}), {r['total_mb']:.0f} MB in all")
     save(args.out, rows + kept)
 
 

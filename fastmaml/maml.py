@@ -13,7 +13,7 @@ from fastmaml.adapted import AdaptedModel
 from fastmaml.autograd import MetaLoss, OuterLogits
 from fastmaml.batch import TaskBatch
 from fastmaml.engine import Runner, Spec, support_bucket, warn_user, without_autocast
-from fastmaml.executors import BACKENDS
+from fastmaml.executors import BACKENDS, Executor
 from fastmaml.executors.call import Call, Results
 from fastmaml.output import MetaOutput, NonFiniteError, correct_of, gradient_of, per_task
 from fastmaml.program import CLASS_WEIGHT
@@ -163,9 +163,12 @@ class MAML(Trained):
 
     def plan(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> Any:
         """The Plan that a call with these tasks runs."""
+        return self._executor(TaskBatch.of(tasks), inner_steps, batchnorm, entry).plan
+
+    def memory_bytes(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> dict[str, int]:
+        """Bytes by purpose that a call with these tasks lays out, beside the caller's tensors and the results: known before it runs."""
         batch = TaskBatch.of(tasks)
-        spec = self._spec(entry, inner_steps, batchnorm, batch)[0]
-        return self._engine.runner(self._engine.view(), batch, spec).plan
+        return self._executor(batch, inner_steps, batchnorm, entry).memory(batch)
 
     def explain(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> str:
         """The Plan in words: segments and groups, FLOPs, bytes and homes, memory, and the floor time of this machine."""
@@ -173,7 +176,13 @@ class MAML(Trained):
         from fastmaml.plan.explain import explain
 
         batch = TaskBatch.of(tasks)
-        return explain(self.plan(batch, inner_steps=inner_steps, batchnorm=batchnorm, entry=entry), batch, **machine.peaks())
+        executor = self._executor(batch, inner_steps, batchnorm, entry)
+        in_flight = torch.get_num_threads() if executor.name == "cpu" else len(batch)
+        return explain(executor.plan, batch, **machine.peaks(), in_flight=in_flight, laid_out=executor.memory(batch) if executor.name == "cpu" else None)
+
+    def _executor(self, batch: TaskBatch, inner_steps: Any, batchnorm: Any, entry: str) -> Executor:
+        spec = self._spec(entry, inner_steps, batchnorm, batch)[0]
+        return self._engine.runner(self._engine.view(), batch, spec).executor
 
     # ------------------------------------------------------------------------------------------------- running
     def _spec(self, entry: str, inner_steps: Any, batchnorm: Any, batch: TaskBatch | None, record: bool = False) -> tuple[Spec, list[float] | None]:

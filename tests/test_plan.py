@@ -251,10 +251,11 @@ SIZES = {"plain": {}, "fast": {"memory": "fast"}, "first": {"first_order": True}
 def test_size_does_not_depend_on_the_number_of_steps(options: dict, entry: str) -> None:
     if entry in ("halves", "adapt") and "query_from" in options:
         options = {}
-    few, many = (make(mlp(5, 8, 3, norm=True), steps, entry=entry, **options) for steps in (1, 200))
-    assert few.count() == many.count() and list(few.buffers) == list(many.buffers)
-    assert [(p.segments, p.half) for p in few.schedule] == [(p.segments, p.half) for p in many.schedule]
-    assert [str(i) for _, i in few.instructions()] == [str(i) for _, i in many.instructions()]
+    for counts in ((1, 8), (9, 200)):  # many steps: weights are rolled back (rollback.py)
+        few, many = (make(mlp(5, 8, 3, norm=True), steps, entry=entry, **options) for steps in counts)
+        assert few.count() == many.count() and list(few.buffers) == list(many.buffers)
+        assert [(p.segments, p.half) for p in few.schedule] == [(p.segments, p.half) for p in many.schedule]
+        assert [str(i) for _, i in few.instructions()] == [str(i) for _, i in many.instructions()]
 
 
 def test_groups() -> None:
@@ -316,7 +317,7 @@ def test_memory_grows_by_states_masks_and_statistics_alone() -> None:
     assert fifty["task"] - one["task"] == 4 * 49 * 4  # the support losses
     assert fifty["scratch"] == one["scratch"] and fifty["meta"] == one["meta"]
     first = [plan_bytes(make(program, k, first_order=True), ROWS, 4, 2) for k in (1, 50)]
-    assert first[1]["run"] - first[0]["run"] == 2 * 49 * 4 * parameters
+    assert first[1]["run"] == first[0]["run"]  # nothing goes back to theta_k
 
 
 def test_fast_memory_recomputes_nothing() -> None:

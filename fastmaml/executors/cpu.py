@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
 from fastmaml.executors.cpu_kernels import native
 from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
@@ -78,23 +79,27 @@ class Prepared:
         self.dlogits = at.get("dlogits")
         self.idle: dict[tuple[int, ...], list[Workspace]] = {}
 
+    def sizes(self, key: tuple[int, ...]) -> tuple[int, int, dict[str, int]]:
+        """Bytes of the parts of a workspace for key = tasks, threads, support rows, query rows: meta, work, what is kept per task."""
+        tasks, threads, support, query = key
+        rows, low, kept = {"support": support, "query": query}, self.lowering, {}
+        for _, name in self.kept:
+            kept[name] = rows[low.buffers[name].rows] * low.row_bytes(name) if low.by_rows(name) else tasks * low.kept_bytes(name)
+        return low.meta_bytes, _cpu.work_bytes(self.native, tasks, threads), kept
+
     def take(self, key: tuple[int, ...]) -> Workspace:
-        """For key = tasks, threads, support rows, query rows."""
         idle = self.idle.setdefault(key, [])
         try:
             return idle.pop()  # atomic: two threads never get the same one
         except IndexError:
             pass
-        meta = torch.empty(self.lowering.meta_bytes + 64, dtype=torch.uint8)
-        tasks, threads, support, query = key
-        rows, low = {"support": support, "query": query}, self.lowering
-        kept, pointers = {}, [0] * len(self.task_buffers)
+        meta, work, kept = self.sizes(key)
+        arrays = {name: _bytes(size) for name, size in kept.items()}
+        pointers = [0] * len(self.task_buffers)
         for i, name in self.kept:
-            size = rows[low.buffers[name].rows] * low.row_bytes(name) if low.by_rows(name) else tasks * low.kept_bytes(name)
-            kept[name] = torch.empty(size + 64, dtype=torch.uint8)
-            pointers[i] = _aligned(kept[name])
-        work = torch.empty(_cpu.work_bytes(self.native, tasks, threads) + 64, dtype=torch.uint8)
-        return Workspace(meta, work, kept, pointers, [(i, name, self._shape(name, tasks, query)) for i, name in self.results])
+            pointers[i] = _aligned(arrays[name])
+        results = [(i, name, self._shape(name, key[0], key[3])) for i, name in self.results]
+        return Workspace(_bytes(meta), _bytes(work), arrays, pointers, results)
 
     def _shape(self, name: str, tasks: int, query: int) -> tuple[int, ...]:
         """Of a result, its rows padded where it is an array of each task (see ``shaped``)."""
@@ -122,8 +127,16 @@ class Prepared:
         self.idle.setdefault(key, []).append(workspace)
 
 
+def _bytes(size: int) -> Tensor:
+    return torch.empty(size + 64, dtype=torch.uint8)  # room to align
+
+
 def _aligned(tensor: Tensor) -> int:
     return (tensor.data_ptr() + 63) // 64 * 64
+
+
+def _key(batch: TaskBatch, threads: int) -> tuple[int, ...]:
+    return len(batch), threads, sum(batch.support_sizes), sum(batch.query_sizes)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,12 +178,18 @@ class CpuExecutor:
                 self._prepared.popitem(last=False)
         return found
 
+    def memory(self, batch: TaskBatch) -> dict[str, int]:
+        """Bytes that a call lays out and keeps for the next one, beside the caller's tensors and the results."""
+        prepared = self.prepared(max(batch.support_sizes), max(batch.query_sizes))
+        meta, work, kept = prepared.sizes(_key(batch, self.threads or torch.get_num_threads()))
+        return {"parameters and gradients, packed": meta, "tasks in flight, and partial sums": work, "kept for every task": sum(kept.values())}
+
     # ------------------------------------------------------------------------------------------------------- running
     def forward(self, call: Call) -> Results:
         batch = call.batch
         prepared = self.prepared(max(batch.support_sizes), max(batch.query_sizes))
         threads = self.threads or torch.get_num_threads()
-        key = (len(batch), threads, sum(batch.support_sizes), sum(batch.query_sizes))
+        key = _key(batch, threads)
         workspace = prepared.take(key)
         pointers, stored, data, values = workspace.pointers, batch.stored(), {}, {}
         for i, part, dtype in prepared.data:
@@ -212,7 +231,7 @@ class CpuExecutor:
         pointers[prepared.dlogits] = joined.data_ptr()
         gradients, finite = self._gradients(prepared, call), state.finite.clone()
         # the workspace was laid out for the forward half's threads; kept and packed arrays do not depend on them
-        work = torch.empty(_cpu.work_bytes(prepared.native, len(call.batch), threads) + 64, dtype=torch.uint8)
+        work = _bytes(prepared.sizes(_key(call.batch, threads))[1])
         workspace = Workspace(kept.meta, work, kept.kept, pointers, kept.results)
         all_finite = self._execute(prepared, call, 1, threads, workspace, gradients, finite)
         return Results({**prepared.shaped(values), **gradients}, finite, None, self.name, all_finite)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
 from fastmaml.executors.torch_kernels import KERNELS
 from fastmaml.plan.instructions import Buffer, Instruction, Phase, Plan, Ref
+from fastmaml.plan.memory import plan_bytes
 
 Key = tuple[str, int]  # buffer, slot on its step axis
 
@@ -42,6 +44,11 @@ class TorchExecutor:
     @staticmethod
     def why_not(plan: Plan, call: Call) -> str | None:
         return None
+
+    def memory(self, batch: TaskBatch, itemsize: int = 4) -> dict[str, int]:
+        """Bytes of the Plan's buffers with all tasks in flight (nothing is ever put in another's place)."""
+        support, query = max(batch.support_sizes), max(batch.query_sizes)
+        return plan_bytes(self.plan, {"support": support, "query": query, "joint": support + query}, len(batch), len(batch), itemsize)
 
     @torch.no_grad()
     def forward(self, call: Call) -> Results:

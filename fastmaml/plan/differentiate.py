@@ -19,6 +19,8 @@ def forward(p: Pass) -> None:
     """Primal values of every op, and the tangents that follow from ``p.dot``."""
     for op in p.ops:
         rule = RULES[op.name]
+        if op.output in p.before:
+            p.before[op.output]()
         if op.output not in p.value:  # memory="fast" brings the values along
             p.value[op.output] = p.like("v", op.output, keep=True)
             rule.fwd(p, op)

@@ -28,12 +28,14 @@ def explain(
     bandwidth: float | None = None,
     in_flight: int = 1,
     itemsize: int = 4,
+    laid_out: Mapping[str, int] | None = None,
 ) -> str:
     """A table for the terminal. ``batch``: a TaskBatch, of which the sizes are read.
 
     peak_gflops, bandwidth   of the machine, in GFLOP/s and GB/s, for the floor time; None: unknown
     in_flight                how many tasks run at once (the cpu executor: threads; the torch executor: all)
     itemsize                 bytes of a real number
+    laid_out                 bytes by purpose that the executor lays out, padding and partial sums included
     """
     rows = costs(plan, batch, itemsize)
     total = {name: sum(getattr(row, name) for row in rows) for name in ("flops", "products", "bytes", "block_bytes")}
@@ -46,6 +48,9 @@ def explain(
         lines.append(f"Not counted: {', '.join(unknown)}")
         lines.append("  (module_*: a whole module under torch's autograd; the FLOPs above are a lower bound)")
     lines += ["", *_memory(plan, batch, in_flight, itemsize)]
+    if laid_out:
+        parts = "; ".join(f"{words} {_si(size, 'B')}" for words, size in laid_out.items())
+        lines += [f"  {'laid out':<29} {_si(sum(laid_out.values()), 'B'):>7}  by the executor", f"           ({parts})"]
     lines += ["", *_floor(total, sum(compulsory_bytes(plan, batch, itemsize)), peak_gflops, bandwidth, bool(unknown))]
     return "\n".join(lines)
 

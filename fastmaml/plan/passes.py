@@ -41,6 +41,7 @@ class Pass:
         self.second: dict[int, list[Operand]] = {}
         self.support_data: Operand = None  # x of the support rows, for Gram matrices
         self.factor_gradient = False  # the gradient pass: see rewrite.py
+        self.before: dict[int, Callable[[], None]] = {}  # by the op's output: emits what the op needs first
         self.bars_given = False  # memory="fast": the adjoints came along, too
 
     # ------------------------------------------------------------------------------------------------------------ emission

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from fastmaml.plan import rollback
 from fastmaml.plan.differentiate import backward, forward
 from fastmaml.plan.groups import make_groups
 from fastmaml.plan.instructions import Buffer, Instruction, Operand, Phase, Plan, Reduction, Ref, Segment
@@ -84,10 +86,22 @@ class _Sweep:
         self.shared_rate = rates.pop() if len(rates) == 1 and next(iter(rates), None) and next(iter(rates)).shape == () else None
         joint = any(op.name == "batchnorm" and op.attrs["statistics"] == "support" for op in program.ops)
         self.outer_extent = "joint" if joint else "query"
+        self.rolled = rollback.rolled_back(program, arrangement) if self.second_order else {}
+        self.in_place = self._in_place()
         self.accumulators: dict[int, Ref] = {}  # zeta_bar: cotangents of non-adapted values, summed over the steps
         self.prefix: dict[str, Pass] = {}
         self.together: dict[str, set[str]] = {}  # by extent: row buffers that exist for all tasks at once
         self.results: dict[str, None] = {}
+
+    def _in_place(self) -> set[str]:
+        """Adapted leaves of which theta_k is not kept: those that are rolled back, and all where nothing goes back to theta_k."""
+        if self.second_order:
+            values = {*self.rolled, *rollback.biases(self.program, self.a, self.rolled)}
+        elif self.steps > rollback.KEPT and self.a.query_from is None:
+            values = {leaf.value for leaf in self.adapted if not self._is_factor(leaf)}
+        else:
+            values = set()
+        return {leaf.name for leaf in self.adapted if leaf.value in values}
 
     # ------------------------------------------------------------------------------------------------------- what depends on what
     def _levels(self) -> dict[int, str]:
@@ -145,7 +159,9 @@ class _Sweep:
         for leaf in self.adapted:
             rows, first = ("support", None) if self._is_factor(leaf) else (None, leaf.name)  # a factor begins at zero
             shape = self.program.values[leaf.value].shape
-            if self.steps:
+            if leaf.name in self.in_place:
+                self._buffer(f"theta.{leaf.name}", shape, home="run")
+            elif self.steps:
                 self._buffer(f"theta.{leaf.name}", shape, rows, home="run", steps=self.steps + 1, first=first)
             if self.trains:
                 self._buffer(f"theta_bar.{leaf.name}", shape, rows, home="run")
@@ -157,7 +173,7 @@ class _Sweep:
         return "support" if self._is_factor(leaf) else None
 
     def _theta(self, name: str, shift: int = 0) -> Ref:
-        return Ref(f"theta.{name}", shift) if self.steps else Ref(name)
+        return Ref(f"theta.{name}", 0 if name in self.in_place else shift) if self.steps else Ref(name)
 
     def _pass(self, name: str, ops: list[Op], extent: str) -> Pass:
         p = Pass(name, self.program, ops, extent, self.buffers)
@@ -211,6 +227,8 @@ class _Sweep:
         for leaf in self.adapted:
             if self._is_factor(leaf):
                 self.segments["prologue"].append(Instruction("zero_fwd", (), (Ref(f"theta.{leaf.name}"),)))
+            elif leaf.name in self.in_place:
+                self.segments["prologue"].append(Instruction("copy_fwd", (Ref(leaf.name),), (Ref(f"theta.{leaf.name}"),)))
         differentiable = self._differentiable()
         self.zeta = [v for v in self._consumed(self.ops["step"], ("meta", "task")) if v in differentiable]
 
@@ -260,6 +278,9 @@ class _Sweep:
             g = self._buffer(f"g.{leaf.name}", self.program.values[leaf.value].shape, self._rows(leaf), home="run", steps=steps)
             p.place(p.bar.get(leaf.value), g)
         self.gradient = p
+        self.deltas = {v: p.bar[op.output] for v, op in self.rolled.items()}
+        for delta in self.deltas.values():
+            self.buffers[delta.buffer] = replace(self.buffers[delta.buffer], home="run", steps=self.steps)
         self.segments["gradient"] = self._take(p)
 
     def _keeps_gradient(self) -> bool:
@@ -390,6 +411,8 @@ class _Sweep:
             p.value |= g.value
             p.bar, p.bar_sums, p.bars_given = dict(g.bar), dict(g.bar_sums), True
         p.dot = dict(direction)
+        leaves = {leaf.value: (self._theta(leaf.name), Ref(self.a.rates[leaf.name].name)) for leaf in self.adapted if leaf.name in self.in_place}
+        p.before = {op.output: partial(rollback.roll_back, p, op, self.deltas[v], leaves) for v, op in self.rolled.items()}
         p.want([leaf.value for leaf in self.adapted] + self.zeta)
         forward(p)
         self._hvp_loss(p)

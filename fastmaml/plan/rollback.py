@@ -1,0 +1,55 @@
+"""Weights that are rolled back: on the way back over the steps theta_k is made again from theta_{k+1}, instead of being kept.
+
+    theta_k = theta_{k+1} + rate_k g_k,     g_k = delta_k^T x_k     (a linear layer's weight; its bias likewise, with the row sum of delta_k)
+
+The HVP pass makes the layer's input x_k anyway, from the bottom up, so that delta_k [n_support, out] is all that is kept per step, instead of theta_k
+[out, in]. Taking a step and taking it back rounds by about an ulp each, as any float32 trajectory does at every step. It costs one product per layer
+and step back, so a few steps are still kept whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fastmaml.plan.instructions import Ref
+from fastmaml.plan.passes import Pass
+from fastmaml.program import Op, Program
+
+if TYPE_CHECKING:
+    from fastmaml.plan.sweep import Arrangement
+
+KEPT = 8  # steps up to which every theta_k is kept
+
+
+def rolled_back(program: Program, a: Arrangement) -> dict[int, Op]:
+    """The linear layers whose weight is rolled back, by the value of the weight: where a task has fewer support rows than half the layer's inputs."""
+    if a.steps <= KEPT or not a.support_rows:
+        return {}
+    uses: dict[int, int] = {}
+    for v in (v for op in program.ops for v in op.inputs if v is not None):
+        uses[v] = uses.get(v, 0) + 1
+    scalar = {leaf.value for leaf in program.leaves if leaf.role == "adapted" and a.rates[leaf.name].shape == () and uses.get(leaf.value) == 1}
+    return {op.inputs[1]: op for op in program.ops if op.name == "linear" and op.inputs[1] in scalar and _pays(program, op, a.support_rows)}
+
+
+def _pays(program: Program, op: Op, support_rows: int) -> bool:
+    return len(program.values[op.inputs[0]].shape) == 1 and 2 * support_rows <= program.values[op.inputs[1]].shape[1]
+
+
+def biases(program: Program, a: Arrangement, layers: Mapping[int, Op]) -> set[int]:
+    """The values of the biases that go along with their weights."""
+    leaves = {leaf.value: leaf for leaf in program.leaves if leaf.role == "adapted" and a.rates[leaf.name].shape == ()}
+    used = [v for op in program.ops for v in op.inputs]
+    return {b for op in layers.values() if (b := op.inputs[2]) in leaves and used.count(b) == 1}
+
+
+def roll_back(p: Pass, op: Op, delta: Ref, leaves: Mapping[int, tuple[Ref, Ref]]) -> None:
+    """Emits theta_k = theta_{k+1} + rate_k g_k for one layer. ``leaves``: by value, theta and its rate."""
+    targets = [v if v in leaves else None for v in op.inputs[1:]]
+    gradients = [None if v is None else p.new(f"g{v}", p.program.values[v].shape, False) for v in targets]
+    p.emit("linear_bwd_weight", (p.value[op.inputs[0]], delta), gradients, **op.attrs)
+    for v, g in zip(targets, gradients, strict=True):
+        if g is not None:
+            theta, rate = leaves[v]
+            p.emit("axpy_fwd", (theta, g, rate), (theta,), sign=1.0)
