@@ -161,11 +161,11 @@ std::vector<T*> pointers(const std::vector<int64_t>& addresses) {
 
 // One half for all tasks: (written, all tasks finite). Not written: not all that was summed is finite; call again with
 // the next attempt (0, 1, 2).
-std::pair<bool, bool> execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, int attempt, int64_t support_rows,
-             int64_t query_rows, int64_t ways, int64_t task_weights, double uniform_weight,
-             const std::vector<int64_t>& task_buffers, const std::vector<int64_t>& inputs,
-             const std::vector<int64_t>& outputs, bool add_to_outputs, bool strict, int64_t meta, int64_t work,
-             int64_t finite) {
+std::pair<bool, bool> execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, int attempt,
+                              int64_t support_rows, int64_t query_rows, int64_t ways, int64_t task_weights,
+                              double uniform_weight, const std::vector<int64_t>& task_buffers,
+                              const std::vector<int64_t>& inputs, const std::vector<int64_t>& outputs,
+                              bool add_to_outputs, bool strict, int64_t meta, int64_t work, int64_t finite) {
     fastmaml::Run run;
     run.tasks = tasks;
     run.half = half;

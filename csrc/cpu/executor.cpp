@@ -42,8 +42,8 @@ private:
     std::atomic<int> arrived_{0}, turn_{0};
 };
 
-// Chunks of tasks that are summed on their own: fixed by the Plan and the number of tasks, never by threads. Where tasks
-// take microseconds, bringing the sums together is a part of the time.
+// Chunks of tasks that are summed on their own: fixed by the Plan and the number of tasks, never by threads. Where
+// tasks take microseconds, bringing the sums together is a part of the time.
 static int64_t chunks_of(const Plan& plan, int64_t tasks) {
     const int64_t most = plan.run_bytes <= 128 * 1024 ? 8 : 16;
     return tasks < 1 ? 1 : tasks < most ? tasks : most;
@@ -261,7 +261,8 @@ struct Shared {
 
 // Which tasks' own share of a sum over all tasks is not finite: each is made alone, in the place of the sum.
 static void find_bad_tasks(Shared& s, const Instruction& in, const Worker& w, const int64_t* offsets, int me, int n) {
-    const int64_t floats = packed_floats(in.sizes[0], in.sizes[1]), begin = floats * me / n, end = floats * (me + 1) / n;
+    const int64_t floats = packed_floats(in.sizes[0], in.sizes[1]), begin = floats * me / n,
+                  end = floats * (me + 1) / n;
     for (int64_t t = 0; t < s.run.tasks; ++t) {
         if (!s.run.finite[t]) continue;  // the same for all threads: changed behind a barrier alone
         Call c = prepare_call(in, w, 0, offsets[t], offsets[t + 1] - offsets[t], offsets[s.run.tasks]);

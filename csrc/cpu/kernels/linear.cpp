@@ -1,5 +1,5 @@
-// linear in all modes, on packed weights: panels of 64 outputs, each [in][width], so that the vectors run over outputs, a
-// panel is one stream of memory, and the weight gradient is an outer product in the same layout. bwd_input transposes
+// linear in all modes, on packed weights: panels of 64 outputs, each [in][width], so that the vectors run over outputs,
+// a panel is one stream of memory, and the weight gradient is an outer product in the same layout. bwd_input transposes
 // 64 x 64 pieces of the panel on the way. Heads of few outputs lie the other way round: linear_narrow.h.
 #include "linear_narrow.h"
 
@@ -36,8 +36,7 @@ void linear_fwd(const Call& c) {
 
 void linear_jvp(const Call& c) {
     const float *x = c.f(0), *w = c.f(1), *xt = c.f(2), *wt = c.f(3);
-    forward(c, xt, c.stride(2), xt ? w : nullptr, x, c.stride(0), wt, c.f(4), c.f(5), c.stride(5),
-            activation_of(c, 6));
+    forward(c, xt, c.stride(2), xt ? w : nullptr, x, c.stride(0), wt, c.f(4), c.f(5), c.stride(5), activation_of(c, 6));
 }
 
 // ---------------------------------------------------------------------------------------------------- bwd_input
@@ -129,7 +128,8 @@ static void narrow_weight(const Call& c, const Outer* terms, int n_terms, float*
             const bool fused = base && c.last && r + rows == c.n;
             Outer here[2];
             for (int t = 0; t < n_terms; ++t)
-                here[t] = {terms[t].x + r * terms[t].ldx + k, terms[t].ldx, terms[t].d + r * terms[t].ldd, terms[t].ldd};
+                here[t] = {terms[t].x + r * terms[t].ldx + k, terms[t].ldx, terms[t].d + r * terms[t].ldd,
+                           terms[t].ldd};
             const Epilogue e = {c.first || deep ? nullptr : dw + k, deep && (r > 0 || !c.first) ? dw + k : nullptr,
                                 fused ? base + k : nullptr, fused ? scale : 1.f};
             narrow_outer<kNarrow>(c.sizes[1], here, n_terms, rows, in - k, dw + k, ldw, e);

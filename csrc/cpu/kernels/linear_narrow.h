@@ -1,5 +1,6 @@
-// linear with few outputs: the weight lies as the model has it, [out][in] with padded rows (plan.h), and the vectors run
-// over the inputs. A head of one output then costs a sixteenth of what it would in a panel, and nothing is transposed.
+// linear with few outputs: the weight lies as the model has it, [out][in] with padded rows (plan.h), and the vectors
+// run over the inputs. A head of one output then costs a sixteenth of what it would in a panel, and nothing is
+// transposed.
 #pragma once
 #include "linear_tiles.h"
 

@@ -1,5 +1,5 @@
-// The register tiles of linear: products over packed panels (csrc/include/fastmaml/plan.h), outer products in the same layout,
-// and the transpose that bwd_input needs.
+// The register tiles of linear: products over packed panels (csrc/include/fastmaml/plan.h), outer products in the same
+// layout, and the transpose that bwd_input needs.
 //
 // Every output element is a sum of short chains of FMAs (kDepth products each: a single chain over 784 inputs loses
 // half a digit against a blocked one) in a fixed order, whatever the tile, the block of rows or the team: bits do not
