@@ -10,14 +10,11 @@ and step back, so a few steps are still kept whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from fastmaml.plan.arrangement import Arrangement
 from fastmaml.plan.instructions import Ref
 from fastmaml.plan.passes import Pass
 from fastmaml.program import Op, Program
-
-if TYPE_CHECKING:
-    from fastmaml.plan.sweep import Arrangement
 
 KEPT = 8  # steps up to which every theta_k is kept
 

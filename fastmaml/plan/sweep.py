@@ -12,52 +12,21 @@ the loss tangent of the HVP. Any other rate reads the stored g_k. ``notes/sweep_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 from fastmaml.plan import rollback
+from fastmaml.plan.arrangement import Arrangement, Rate
+from fastmaml.plan.dependence import differentiable_values, levels
 from fastmaml.plan.differentiate import backward, forward
 from fastmaml.plan.groups import make_groups
 from fastmaml.plan.instructions import Buffer, Instruction, Operand, Phase, Plan, Reduction, Ref, Segment
 from fastmaml.plan.memory import assign_homes
 from fastmaml.plan.passes import Pass
 from fastmaml.plan.rewrite import STATE, factor_first_layers
-from fastmaml.program import CLASS_WEIGHT, Leaf, Loss, Op, Program
-
-ENTRIES = ("train", "halves", "evaluate", "adapt", "predict")
-
-
-@dataclass(frozen=True)
-class Rate:
-    """An inner learning rate: scalar (shape ()) or per element, one for all steps or one per step, fixed or learned."""
-
-    name: str
-    shape: tuple[int, ...] = ()
-    per_step: bool = False
-    learned: bool = False
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """How the segments are put together.
-
-    entry         train: loss and gradients | halves: the same around a torch outer loss | evaluate: no gradients | adapt: theta_K | predict: logits of theta
-    rates         the Rate of each adapted leaf, by name
-    query_from    None: the outer loss reads theta_K alone; k: it is the weighted sum of the losses of theta_k .. theta_K (multi-step loss)
-    support_rows  rows of the largest support set, where known: layers with more inputs are factored (see rewrite.py)
-    record_masks  keep ReLU masks and pooling indices of every task, to replay them in float64
-    """
-
-    steps: int
-    loss: Loss = Loss()
-    rates: Mapping[str, Rate] = field(default_factory=dict)
-    first_order: bool = False
-    entry: str = "train"
-    query_from: int | None = None
-    memory: str = "constant"
-    record_masks: bool = False
-    support_rows: int | None = None
+from fastmaml.plan.tidy import live, order
+from fastmaml.program import CLASS_WEIGHT, Leaf, Op, Program
 
 
 def build_plan(program: Program, arrangement: Arrangement) -> Plan:
@@ -77,7 +46,7 @@ class _Sweep:
         self.segments: dict[str, list[Instruction]] = {}
         self.leaf_of = {leaf.value: leaf for leaf in program.leaves}
         self.adapted = [leaf for leaf in program.leaves if leaf.role == "adapted"]
-        self.level = self._levels()
+        self.level = levels(program, arrangement.entry)
         self.ops = {level: [op for op in program.ops if self.level[op.output] == level] for level in ("meta", "task", "step")}
         self.trains = self.a.entry in ("train", "halves")
         self.second_order = self.trains and not self.a.first_order and self.steps > 0
@@ -104,28 +73,6 @@ class _Sweep:
         return {leaf.name for leaf in self.adapted if leaf.value in values}
 
     # ------------------------------------------------------------------------------------------------------- what depends on what
-    def _levels(self) -> dict[int, str]:
-        """"step" where an adapted leaf is involved, else "task" where samples (or leaves of a task) are, else "meta"."""
-        level = {self.program.input: "task"}
-        for leaf in self.program.leaves:
-            level[leaf.value] = "step" if leaf.role == "adapted" else leaf.home
-        rank = {"meta": 0, "task": 1, "step": 2}
-        for op in self.program.ops:
-            level[op.output] = max((level[v] for v in op.inputs if v is not None), key=rank.__getitem__)
-        if self.a.entry != "predict" and level[self.program.output] != "step":
-            raise ValueError("no adapted parameter reaches the model's output: nothing to adapt in the inner loop")
-        if self.a.entry == "predict":  # nothing is differentiated: everything runs in one pass
-            level |= {op.output: "step" for op in self.program.ops}
-        return level
-
-    def _differentiable(self) -> set[int]:
-        """Values that depend on a trained leaf."""
-        found = {leaf.value for leaf in self.program.leaves if leaf.role != "const"}
-        for op in self.program.ops:
-            if any(v in found for v in op.inputs):
-                found.add(op.output)
-        return found
-
     def _consumed(self, ops: Iterable[Op], below: tuple[str, ...]) -> list[int]:
         """Values of a lower level that ``ops`` read, in order of use."""
         return list(dict.fromkeys(v for op in ops for v in op.inputs if v is not None and self.level[v] in below))
@@ -229,7 +176,7 @@ class _Sweep:
                 self.segments["prologue"].append(Instruction("zero_fwd", (), (Ref(f"theta.{leaf.name}"),)))
             elif leaf.name in self.in_place:
                 self.segments["prologue"].append(Instruction("copy_fwd", (Ref(leaf.name),), (Ref(f"theta.{leaf.name}"),)))
-        differentiable = self._differentiable()
+        differentiable = differentiable_values(self.program)
         self.zeta = [v for v in self._consumed(self.ops["step"], ("meta", "task")) if v in differentiable]
 
     def _prefix_pass(self, extent: str) -> Pass:
@@ -451,7 +398,7 @@ class _Sweep:
     def _epilogue(self) -> None:
         """Reverse of the frozen layers, then the sums over tasks, then the reverse of the weight expressions."""
         contributions: dict[int, list[Ref]] = {}
-        differentiable = self._differentiable()
+        differentiable = differentiable_values(self.program)
         for v, acc in self.accumulators.items():
             if self.level[v] == "meta" or v in self.leaf_of:  # or a task's own leaf
                 contributions.setdefault(v, []).append(acc)
@@ -581,54 +528,3 @@ class _Sweep:
 
 def _at_home(buffer: Buffer, home: str) -> Buffer:
     return buffer if buffer.home else Buffer(buffer.name, buffer.shape, buffer.rows, buffer.kind, home, buffer.steps, buffer.first)
-
-
-def live(
-    segments: Mapping[str, list[Instruction]], results: Iterable[str], reductions: Iterable[Reduction]
-) -> dict[str, list[Instruction]]:
-    """Without the instructions, and the outputs of instructions, that nobody reads."""
-    needed = set(results) | {r.source.buffer for r in reductions}
-    everything = [instr for instructions in segments.values() for instr in instructions]
-    grew, alive = True, set()
-    while grew:
-        grew = False
-        for i, instr in reversed(list(enumerate(everything))):
-            if i not in alive and any(ref.buffer in needed for ref in instr.writes()):
-                alive.add(i)
-                needed.update(ref.buffer for ref in instr.reads())
-                grew = True
-    kept = {id(everything[i]) for i in alive}
-
-    def trim(instr: Instruction) -> Instruction:
-        outputs = tuple(ref if ref is not None and ref.buffer in needed else None for ref in instr.outputs)
-        return instr if outputs == instr.outputs else Instruction(instr.kernel, instr.inputs, outputs, instr.attrs)
-
-    return {name: [trim(i) for i in instructions if id(i) in kept] for name, instructions in segments.items()}
-
-
-def order(instructions: list[Instruction]) -> list[Instruction]:
-    """Moves an instruction behind the ones whose outputs it reads (a module's jvp reads the loss's gradient), otherwise keeping the order.
-
-    Buffers that are updated in place (an output that is also an input) are left where they stand."""
-    writer: dict[Ref, int] = {}
-    for i, instr in enumerate(instructions):
-        for ref in instr.writes():
-            if ref not in instr.inputs:
-                writer[ref] = i
-    done: set[int] = set()
-    out: list[Instruction] = []
-
-    def visit(i: int) -> None:
-        if i in done:
-            return
-        done.add(i)
-        for ref in instructions[i].reads():
-            if ref in writer:
-                visit(writer[ref])
-        out.append(instructions[i])
-
-    for i in range(len(instructions)):
-        visit(i)
-    return out
-
-
