@@ -78,7 +78,7 @@ def test_compulsory_bytes() -> None:
 
 
 PER_IMAGE = {  # products of one row in MFLOP: forward, gradient, Hessian-vector product
-    "sinusoid": (lambda: MAML(nets.SinusoidMLP(), loss="mse"), line(2, 3, 4), (0.00336, 0.0100, 0.0233)),  # 40 x 40 products less than a full remat: see above
+    "sinusoid": (lambda: MAML(nets.SinusoidMLP(), loss="mse"), line(2, 3, 4), (0.00336, 0.0100, 0.01984)),  # one step's activations fit a cache: kept, not made again
     "conv4, stride 2": (lambda: MAML(nets.CbfinnOmniglot()), images(2, 5), (5.31, 15.7, 41.4)),
     "conv4, pooled": (lambda: MAML(nets.HTYMAMLNet()), images(2, 5), (19.63, 57.99, 152.5)),
     "conv4-32, 84": (lambda: MAML(nets.CbfinnMiniImagenet()), images(1, 5, (3, 84, 84)), (54.69, 151.9, 376.5)),
@@ -96,7 +96,7 @@ def test_products_per_image(name: str) -> None:
     assert segment(evaluated, "query", "products") / sum(batch.query_sizes) * 1e-6 == pytest.approx(forward, rel=0.005)
 
 
-@pytest.mark.parametrize(("steps", "gflop"), [(1, 0.01082), (5, 0.0441), (10, 0.0939)])  # ten: one product more per step, rollback.py
+@pytest.mark.parametrize(("steps", "gflop"), [(1, 0.00996), (5, 0.0441), (10, 0.0939)])  # one: activations kept; ten: weights rolled back
 def test_a_whole_meta_iteration_on_sinusoids(steps: int, gflop: float) -> None:
     batch = line(25, 10, 10)
     plan = MAML(nets.SinusoidMLP(), loss="mse", inner_steps=steps).plan(batch)

@@ -25,7 +25,7 @@ from fastmaml.plan.instructions import Buffer, Instruction, Operand, Phase, Plan
 from fastmaml.plan.memory import assign_homes
 from fastmaml.plan.passes import Pass
 from fastmaml.plan.rewrite import STATE, factor_first_layers
-from fastmaml.plan.tidy import live, order
+from fastmaml.plan.tidy import live, order, unkept
 from fastmaml.program import CLASS_WEIGHT, Leaf, Op, Program
 
 
@@ -37,6 +37,9 @@ def build_plan(program: Program, arrangement: Arrangement) -> Plan:
         states = {f.weight + STATE: arrangement.rates[f.weight] for f in factored}
         arrangement = replace(arrangement, rates={**arrangement.rates, **states})
     return _Sweep(program, arrangement).build()
+
+
+CACHED_BYTES = 512 * 1024  # a fraction of one core's L2
 
 
 class _Sweep:
@@ -57,10 +60,18 @@ class _Sweep:
         self.outer_extent = "joint" if joint else "query"
         self.rolled = rollback.rolled_back(program, arrangement) if self.second_order else {}
         self.in_place = self._in_place()
+        self.keeps_values = self.second_order and (arrangement.memory == "fast" or self._fits_a_cache())
         self.accumulators: dict[int, Ref] = {}  # zeta_bar: cotangents of non-adapted values, summed over the steps
         self.prefix: dict[str, Pass] = {}
         self.together: dict[str, set[str]] = {}  # by extent: row buffers that exist for all tasks at once
         self.results: dict[str, None] = {}
+
+    def _fits_a_cache(self) -> bool:
+        """One inner step of which the activations and their gradients are so few that reading them back beats making them again."""
+        if self.steps != 1 or not self.a.support_rows or any(op.name == "module" for op in self.program.ops):
+            return False
+        floats = sum(self.program.values[op.output].numel for op in self.ops["step"] if self.program.values[op.output].rows)
+        return 2 * 4 * self.a.support_rows * floats <= CACHED_BYTES
 
     def _in_place(self) -> set[str]:
         """Adapted leaves of which theta_k is not kept: those that are rolled back, and all where nothing goes back to theta_k."""
@@ -209,7 +220,7 @@ class _Sweep:
     def _gradient(self) -> None:
         p = self._pass("gradient", self.ops["step"], "support")
         p.keep_steps = self.steps if self.second_order or self.a.record_masks else 0
-        p.keep_values = self.a.memory == "fast" and self.second_order
+        p.keep_values = self.keeps_values
         p.want(leaf.value for leaf in self.adapted)
         forward(p)
         logits = p.value[self.program.output]
@@ -354,7 +365,7 @@ class _Sweep:
         g = self.gradient
         p = self._pass("hvp", self.ops["step"], "support")
         p.saved = {key: ref for key, ref in g.saved.items() if key[1] != "graph"}
-        if self.a.memory == "fast":
+        if self.keeps_values:
             p.value |= g.value
             p.bar, p.bar_sums, p.bars_given = dict(g.bar), dict(g.bar_sums), True
         p.dot = dict(direction)
@@ -520,7 +531,7 @@ class _Sweep:
         used |= {name for r in reductions for name in (r.source.buffer, r.target)}
         results = [name for name in results if name in used]
         buffers = {name: b for name, b in self.buffers.items() if name in used}
-        buffers = assign_homes(buffers, segments, schedule, results)
+        buffers = assign_homes(unkept(buffers, segments, results), segments, schedule, results)
         inputs = tuple(name for name in self.inputs if name in used)
         entries = 2 if self.a.entry == "halves" else 1
         return Plan(self.a.entry, self.steps, buffers, segments, tuple(schedule), reductions, tuple(results), inputs, entries)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
-from fastmaml.plan.instructions import Instruction, Reduction, Ref
+from fastmaml.plan.instructions import Buffer, Instruction, Reduction, Ref, Segment
 
 
 def live(
@@ -28,6 +29,13 @@ def live(
         return instr if outputs == instr.outputs else Instruction(instr.kernel, instr.inputs, outputs, instr.attrs)
 
     return {name: [trim(i) for i in instructions if id(i) in kept] for name, instructions in segments.items()}
+
+
+def unkept(buffers: Mapping[str, Buffer], segments: Mapping[str, Segment], results: Iterable[str]) -> dict[str, Buffer]:
+    """What the gradient pass kept for the way back, and nobody reads there, has no steps after all."""
+    elsewhere = {ref.buffer for s in segments.values() if s.name != "gradient" for i in s.instructions for ref in (*i.reads(), *i.writes())}
+    elsewhere |= set(results)
+    return {n: replace(b, steps=0, home="") if n.startswith("gradient.") and n not in elsewhere else b for n, b in buffers.items()}
 
 
 def order(instructions: list[Instruction]) -> list[Instruction]:
