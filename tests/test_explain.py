@@ -96,7 +96,7 @@ def test_products_per_image(name: str) -> None:
     assert segment(evaluated, "query", "products") / sum(batch.query_sizes) * 1e-6 == pytest.approx(forward, rel=0.005)
 
 
-@pytest.mark.parametrize(("steps", "gflop"), [(1, 0.00996), (5, 0.0441), (10, 0.0939)])  # one: activations kept; ten: weights rolled back
+@pytest.mark.parametrize(("steps", "gflop"), [(1, 0.00996), (5, 0.0441), (10, 0.0857)])  # one: its activations are kept
 def test_a_whole_meta_iteration_on_sinusoids(steps: int, gflop: float) -> None:
     batch = line(25, 10, 10)
     plan = MAML(nets.SinusoidMLP(), loss="mse", inner_steps=steps).plan(batch)

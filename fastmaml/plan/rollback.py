@@ -2,9 +2,10 @@
 
     theta_k = theta_{k+1} + rate_k g_k,     g_k = delta_k^T x_k     (a linear layer's weight; its bias likewise, with the row sum of delta_k)
 
-The HVP pass makes the layer's input x_k anyway, from the bottom up, so that delta_k [n_support, out] is all that is kept per step, instead of theta_k
-[out, in]. Taking a step and taking it back rounds by about an ulp each, as any float32 trajectory does at every step. It costs one product per layer
-and step back, so a few steps are still kept whole.
+delta_k [n_support, out] is kept per step, instead of theta_k [out, in]; so is x_k, unless the HVP pass makes it again bit for bit, because no weight below
+is rolled back. (Made from rolled back weights, an error of x_k would come back in those of step k - 1, larger: going back, gradient descent diverges.)
+What is left is the rounding of the update and of its undoing, as any float32 trajectory has it at every step. It costs one product per layer and step
+back, so a few steps are still kept whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ KEPT = 8  # steps up to which every theta_k is kept
 
 
 def rolled_back(program: Program, a: Arrangement) -> dict[int, Op]:
-    """The linear layers whose weight is rolled back, by the value of the weight: where a task has fewer support rows than half the layer's inputs."""
+    """The linear layers whose weight is rolled back, by the value of the weight: where rows of input and cotangent are half as much at most."""
     if a.steps <= KEPT or not a.support_rows:
         return {}
     uses: dict[int, int] = {}
@@ -31,7 +32,8 @@ def rolled_back(program: Program, a: Arrangement) -> dict[int, Op]:
 
 
 def _pays(program: Program, op: Op, support_rows: int) -> bool:
-    return len(program.values[op.inputs[0]].shape) == 1 and 2 * support_rows <= program.values[op.inputs[1]].shape[1]
+    outputs, inputs = program.values[op.inputs[1]].shape
+    return len(program.values[op.inputs[0]].shape) == 1 and 2 * support_rows * (inputs + outputs) <= inputs * outputs
 
 
 def biases(program: Program, a: Arrangement, layers: Mapping[int, Op]) -> set[int]:
@@ -39,6 +41,15 @@ def biases(program: Program, a: Arrangement, layers: Mapping[int, Op]) -> set[in
     leaves = {leaf.value: leaf for leaf in program.leaves if leaf.role == "adapted" and a.rates[leaf.name].shape == ()}
     used = [v for op in program.ops for v in op.inputs]
     return {b for op in layers.values() if (b := op.inputs[2]) in leaves and used.count(b) == 1}
+
+
+def inputs_to_keep(program: Program, layers: Mapping[int, Op]) -> set[int]:
+    """The values x of these layers that the HVP pass would make from other rolled back weights."""
+    tainted: set[int] = set()
+    for op in program.ops:
+        if op in layers.values() or any(v in tainted for v in op.inputs):
+            tainted.add(op.output)
+    return {op.inputs[0] for op in layers.values()} & tainted
 
 
 def roll_back(p: Pass, op: Op, delta: Ref, leaves: Mapping[int, tuple[Ref, Ref]]) -> None:

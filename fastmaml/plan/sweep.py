@@ -237,8 +237,9 @@ class _Sweep:
             p.place(p.bar.get(leaf.value), g)
         self.gradient = p
         self.deltas = {v: p.bar[op.output] for v, op in self.rolled.items()}
-        for delta in self.deltas.values():
-            self.buffers[delta.buffer] = replace(self.buffers[delta.buffer], home="run", steps=self.steps)
+        self.kept_inputs = {v: p.value[v] for v in rollback.inputs_to_keep(self.program, self.rolled)}
+        for ref in (*self.deltas.values(), *self.kept_inputs.values()):
+            self.buffers[ref.buffer] = replace(self.buffers[ref.buffer], home="run", steps=self.steps)
         self.segments["gradient"] = self._take(p)
 
     def _keeps_gradient(self) -> bool:
@@ -369,6 +370,7 @@ class _Sweep:
             p.value |= g.value
             p.bar, p.bar_sums, p.bars_given = dict(g.bar), dict(g.bar_sums), True
         p.dot = dict(direction)
+        p.value |= self.kept_inputs
         leaves = {leaf.value: (self._theta(leaf.name), Ref(self.a.rates[leaf.name].name)) for leaf in self.adapted if leaf.name in self.in_place}
         p.before = {op.output: partial(rollback.roll_back, p, op, self.deltas[v], leaves) for v, op in self.rolled.items()}
         p.want([leaf.value for leaf in self.adapted] + self.zeta)
