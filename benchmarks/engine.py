@@ -52,7 +52,7 @@ def agreement(w: Workload, steps: dict, models: dict) -> dict[str, float]:
 
 
 def interleaved(steps: dict, models: dict, tasks, budget: float) -> dict[str, list[float]]:
-    """Times of single calls, in turns, until the budget (seconds) is spent or 300 rounds are. A turn is as many calls as fit into 10 ms, as in
+    """Times of single calls, in turns, until the budget (seconds) is spent or the first has 3,000 of them. A turn is as many calls as fit into 10 ms, as in
     a training loop; of several the first is not counted: it finds the caches full of the peer's data."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for model in models.values():

@@ -78,6 +78,10 @@ class TaskBatch:
         _set(self, name, joined)
         return joined
 
+    def __reduce__(self) -> tuple:
+        """Copies and pickles carry the rows once, joined."""
+        return type(self), (self.support_x, self.support_y, self.query_x, self.query_y, self.support_sizes, self.query_sizes, self.ways)
+
     def stored(self) -> TaskTensors:
         """support_x, support_y, query_x, query_y as they lie in memory: rows joined, or still [tasks, n, ...]."""
         return self._given or (self.support_x, self.support_y, self.query_x, self.query_y)

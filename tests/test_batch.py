@@ -274,3 +274,10 @@ def test_refused_ways_offsets_sizes_and_indices():
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_a_pickle_carries_the_rows_once():
+    data = [torch.zeros(3, 5, 1000), torch.zeros(3, 5), torch.zeros(3, 2, 1000), torch.zeros(3, 2)]
+    batch = TaskBatch.from_tensors(*data)
+    assert batch.support_x.shape == (15, 1000)
+    assert len(pickle.dumps(batch)) < 1.2 * 4 * sum(v.numel() for v in data)

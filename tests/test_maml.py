@@ -601,7 +601,7 @@ class Named(nn.Module):
         return F.linear(F.linear(x, first).tanh(), second)
 
 
-CLASHES = [("weight", "g.weight"), ("w", "theta.w"), ("w", "theta_bar.w"), ("w", "u.w"), ("w", "grad.w"), ("w", "logits"), ("w", "correct"), ("w", "loss.query")]
+CLASHES = [("gradient.weight", "weight"), ("weight", "g.weight"), ("w", "theta.w"), ("w", "theta_bar.w"), ("w", "u.w"), ("w", "grad.w"), ("w", "logits"), ("w", "correct"), ("w", "loss.query")]
 
 
 @backends

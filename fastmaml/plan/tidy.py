@@ -35,7 +35,8 @@ def unkept(buffers: Mapping[str, Buffer], segments: Mapping[str, Segment], resul
     """What the gradient pass kept for the way back, and nobody reads there, has no steps after all."""
     elsewhere = {ref.buffer for s in segments.values() if s.name != "gradient" for i in s.instructions for ref in (*i.reads(), *i.writes())}
     elsewhere |= set(results)
-    return {n: replace(b, steps=0, home="") if n.startswith("gradient.") and n not in elsewhere else b for n, b in buffers.items()}
+    made = {ref.buffer for i in segments["gradient"].instructions for ref in i.writes()} - elsewhere if "gradient" in segments else set()
+    return {n: replace(b, steps=0, home="") if n in made and b.home == "run" and b.steps else b for n, b in buffers.items()}
 
 
 def order(instructions: list[Instruction]) -> list[Instruction]:
