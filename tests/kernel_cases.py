@@ -45,19 +45,40 @@ def packed(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
     return at.flatten(), rest.nonzero().flatten()
 
 
+@cache
+def packed_conv(outputs: int, inputs: int, taps: int) -> tuple[Tensor, Tensor]:
+    """The same for a [out, in, *taps] weight of a convolution."""
+    o, i, t = torch.arange(outputs)[:, None, None], torch.arange(inputs)[:, None], torch.arange(taps)
+    width = (pad(outputs) - o // PANEL * PANEL).clamp(max=PANEL)
+    at = o // PANEL * PANEL * inputs * taps + (t * inputs + i) * width + o % PANEL
+    rest = torch.ones(taps * inputs * pad(outputs), dtype=torch.bool)
+    rest[at] = False
+    return at.flatten(), rest.nonzero().flatten()
+
+
+@cache
+def pixels(channels: int, *sides: int) -> tuple[Tensor, Tensor]:
+    """Where the elements of a [c, h, w] image lie, and its padding."""
+    at = torch.arange(sides[0] * sides[1]) * pad(channels) + torch.arange(channels)[:, None]
+    rest = torch.ones(sides[0] * sides[1] * pad(channels), dtype=torch.bool)
+    rest[at] = False
+    return at.flatten(), rest.nonzero().flatten()
+
+
 class Operand:
     """``value`` None: an output of ``shape``; ``over``: written in place of that operand.
 
     Kinds: rows [n, c] (padded), dense [n, c] (padded, nothing between them), plain [n, c] (the user's array: no
     padding), mask [n, c], label [n], double [n, m] (padding that nobody reads or writes), vector [...] (an array padded
-    as a whole), packed [out, in] (a weight), scalar [].
+    as a whole), packed [out, in] (a weight), conv [out, in, kh, kw] (packed), scalar []; image [n, c, h, w] (rows of pixels, their
+    channels padded).
     """
 
     def __init__(self, kind: str, value: Tensor | None = None, shape: Sequence[int] = (), over: int | None = None):
         self.kind, self.value, self.over = kind, value, over
         self.shape = tuple(shape if value is None else value.shape)
         self.dtype = {"mask": torch.uint8, "label": torch.int64, "double": torch.float64}.get(kind, torch.float32)
-        self.by_row = kind in ("rows", "dense", "plain", "mask", "label", "double")
+        self.by_row = kind in ("rows", "dense", "plain", "mask", "label", "double", "image")
         self.padded = self.width = math.prod(self.shape[1:] if self.by_row else self.shape)
         if kind in ("rows", "dense", "mask", "vector"):
             self.padded = pad(self.width)
@@ -65,7 +86,10 @@ class Operand:
         if kind == "packed":
             self.used, self.rest = packed(*self.shape)
             self.padded = self.width + len(self.rest)
-        gap = LANE if kind in ("rows", "mask", "vector", "packed", "double") else 0
+        elif kind in ("image", "conv"):
+            self.used, self.rest = pixels(*self.shape[1:]) if kind == "image" else packed_conv(*self.shape[:2], math.prod(self.shape[2:]))
+            self.padded = self.width + len(self.rest)
+        gap = LANE if kind in ("rows", "mask", "vector", "packed", "double", "image", "conv") else 0
         self.stride = self.dtype.itemsize * (self.padded + gap)
         self.bytes: Tensor | None = None
 

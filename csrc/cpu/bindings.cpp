@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <memory>
 #include <stdexcept>
 
 #include "executor.h"
@@ -66,6 +68,7 @@ fastmaml::Instruction read_instruction(Reader& in, fastmaml::Plan& plan) {
     if (i.kernel < 0 || i.kernel >= fastmaml::kKernelCount)
         throw std::runtime_error("fastmaml._cpu: unknown kernel id");
     i.sums = in.next() != 0;
+    i.pixels = in.next();
     i.n_operands = in.count(fastmaml::kMaxOperands);
     i.operands = static_cast<int32_t>(plan.operands.size());
     for (int n = 0; n < i.n_operands; ++n) plan.operands.push_back(read_operand(in));
@@ -85,6 +88,7 @@ fastmaml::Plan read_plan(const std::vector<int64_t>& words) {
     fastmaml::Plan plan;
     plan.meta_bytes = in.next();
     plan.run_bytes = in.next();
+    plan.scratch_bytes = in.next() ? fastmaml::kScratchBytes : 0;
     plan.accumulator_floats = in.next();
     plan.halves = in.next();
     for (int n = in.count(); n > 0; --n) {
@@ -100,6 +104,7 @@ fastmaml::Plan read_plan(const std::vector<int64_t>& words) {
             p.layout = static_cast<fastmaml::Layout>(in.next());
             p.rows = in.next();
             p.cols = in.next();
+            p.taps = in.next();
             p.steps = in.next();
             p.step_stride = in.next();
             ports->push_back(p);
@@ -214,6 +219,9 @@ void call_kernel(const std::string& tier, const std::string& name, const std::ve
     }
     c.n = n, c.row0 = row0, c.n_total = n_total, c.first = first, c.last = last, c.part = part, c.parts = parts;
     c.sizes = sizes.data(), c.numbers = numbers.data(), c.task = &t;
+    const std::unique_ptr<float[]> scratch(new float[fastmaml::kScratchBytes / sizeof(float)]);
+    std::fill_n(scratch.get(), fastmaml::kScratchBytes / sizeof(float), std::nanf(""));
+    c.scratch = scratch.get();
     fastmaml::find_tier(tier).table[id](c);
 }
 

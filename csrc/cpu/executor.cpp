@@ -60,7 +60,8 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t work_bytes(const Plan& plan, int64_t tasks, int threads) {
     const Shape s = shape_of(plan, tasks, threads);
-    return s.workers * aligned(plan.run_bytes) + s.chunks * aligned(plan.accumulator_floats * 4);
+    return s.workers * (aligned(plan.run_bytes) + s.team * aligned(plan.scratch_bytes)) +
+           s.chunks * aligned(plan.accumulator_floats * 4);
 }
 
 // ---------------------------------------------------------------------------------------------------- addresses
@@ -72,6 +73,7 @@ struct Worker {  // what one member of a team knows while it runs one task
     Barrier* barrier;
     int part, parts;
     std::vector<char*> base;  // by Operand::base
+    float* scratch = nullptr;
 };
 
 static int64_t extent(Rows rows, const Task& t) {
@@ -110,15 +112,16 @@ static Call prepare_call(const Instruction& in, const Worker& w, int64_t step, i
     const Operand* operands = w.plan->operands.data() + in.operands;
     for (int i = 0; i < in.n_operands; ++i) {
         c.operands[i] = address(operands[i], w, step, row0);
-        c.row_stride[i] = operands[i].row_stride;
+        c.row_stride[i] = in.pixels == 1 ? operands[i].row_stride : operands[i].row_stride / in.pixels;
     }
-    c.n = n;
-    c.row0 = row0;
-    c.n_total = total;
+    c.n = n * in.pixels;
+    c.row0 = row0 * in.pixels;
+    c.n_total = total * in.pixels;
     c.first = row0 == 0;
     c.last = row0 + n >= total;
     c.part = w.part;
     c.parts = w.parts;
+    c.scratch = w.scratch;
     c.sizes = in.sizes;
     c.numbers = in.numbers;
     c.task = &w.task;
@@ -207,7 +210,7 @@ static void pack(const Port& port, const float* from, const Run& run, const Tier
         const float* src = from + k * port.rows * port.cols;
         if (port.layout == Layout::kPacked) {
             Call c{};
-            const int64_t sizes[2] = {port.cols, port.rows};
+            const int64_t sizes[3] = {port.cols, port.rows, port.taps};
             c.operands[0] = const_cast<float*>(src);
             c.operands[1] = to;
             c.sizes = sizes;
@@ -232,11 +235,14 @@ static void unpack(const Port& port, float* to, bool add, const Run& run, int pa
             for (int64_t c0 = 0; c0 < port.cols; c0 += kLane)
                 for (int64_t r = r0; r < end && r < r0 + kLane; ++r) {
                     const bool packed = port.layout == Layout::kPacked;
-                    const float* row = from + (packed ? packed_offset(r, port.cols, port.rows) : r * port.cols);
-                    const int64_t stride = packed ? packed_stride(r, port.rows) : 1;
+                    const float* row = from + (packed ? packed_offset(r, port.cols, port.rows, port.taps) : r * port.cols);
+                    const int64_t stride = packed ? packed_stride(r, port.rows, port.taps) : 1;
                     const int64_t stop = port.cols < c0 + kLane ? port.cols : c0 + kLane;
                     float* out = dst + r * port.cols;
-                    for (int64_t c = c0; c < stop; ++c) out[c] = add ? out[c] + row[c * stride] : row[c * stride];
+                    for (int64_t c = c0; c < stop; ++c) {
+                        float& to_c = out[packed_input(c, port.cols, port.taps)];
+                        to_c = add ? to_c + row[c * stride] : row[c * stride];
+                    }
                 }
     }
 }
@@ -336,13 +342,15 @@ static void run_outside(Shared& s, bool after, int me, int n) {
 }
 
 static float* accumulator(Shared& s, int64_t chunk) {
-    char* at = s.run.work + s.shape.workers * aligned(s.plan.run_bytes);
+    char* at = s.run.work + s.shape.workers * (aligned(s.plan.run_bytes) + s.shape.team * aligned(s.plan.scratch_bytes));
     return reinterpret_cast<float*>(at + chunk * aligned(s.plan.accumulator_floats * 4));
 }
 
 static void run_tasks(Shared& s, int team, int part) {
     Worker w{&s.plan, &s.run, &s.tier, Task{}, s.teams[team].get(), part, s.shape.team, {}};
-    w.base = {nullptr, s.run.meta, s.run.work + team * aligned(s.plan.run_bytes)};
+    char* arena = s.run.work + team * (aligned(s.plan.run_bytes) + s.shape.team * aligned(s.plan.scratch_bytes));
+    w.base = {nullptr, s.run.meta, arena};
+    w.scratch = reinterpret_cast<float*>(arena + aligned(s.plan.run_bytes) + part * aligned(s.plan.scratch_bytes));
     w.base.resize(kFirstTaskBase + s.plan.task_buffers.size());
     const bool sums = s.run.half == s.plan.halves - 1;
     for (;;) {

@@ -133,32 +133,35 @@ void slice_bwd(const Call& c) {
 
 // Plain [out, in] <-> packed, a share of the panels' input rows.
 void pack_fwd(const Call& c) {
-    const int64_t in = c.sizes[0], out = c.sizes[1];
+    const int64_t in = c.sizes[0], out = c.sizes[1], taps = c.sizes[2];
     const float* w = c.f(0);
     float* p = c.f(1);
     const Share s = share(in, c);
-    for (int64_t o = 0; is_narrow(out) && o < out; ++o) {
+    const bool narrow = is_narrow(out, taps);
+    for (int64_t o = 0; narrow && o < out; ++o) {
         float* row = p + packed_offset(o, in, out);
         for (int64_t k = s.begin; k < s.end; ++k) row[k] = w[o * in + k];
         if (c.part == 0) clear_padding(row, in);
     }
-    for (int64_t o = 0; !is_narrow(out) && o < out; o += kPanel) {
+    for (int64_t o = 0; !narrow && o < out; o += kPanel) {
         const int64_t width = packed_width(o / kPanel, out);
         float* panel = p + o * in;
-        for (int64_t k = s.begin; k < s.end; ++k)
-            for (int64_t j = 0; j < width; ++j) panel[k * width + j] = o + j < out ? w[(o + j) * in + k] : 0.f;
+        for (int64_t k = s.begin; k < s.end; ++k) {
+            const float* from = w + o * in + packed_input(k, in, taps);
+            for (int64_t j = 0; j < width; ++j) panel[k * width + j] = o + j < out ? from[j * in] : 0.f;
+        }
     }
 }
 
 void unpack_fwd(const Call& c) {
-    const int64_t in = c.sizes[0], out = c.sizes[1];
+    const int64_t in = c.sizes[0], out = c.sizes[1], taps = c.sizes[2];
     const float* p = c.f(0);
     float* w = c.f(1);
     const Share s = share(out, c);
     for (int64_t o = s.begin; o < s.end; ++o) {
-        const float* from = p + packed_offset(o, in, out);
-        const int64_t stride = packed_stride(o, out);
-        for (int64_t k = 0; k < in; ++k) w[o * in + k] = from[k * stride];
+        const float* from = p + packed_offset(o, in, out, taps);
+        const int64_t stride = packed_stride(o, out, taps);
+        for (int64_t k = 0; k < in; ++k) w[o * in + packed_input(k, in, taps)] = from[k * stride];
     }
     if (c.part == 0) clear_padding(w, in * out);
 }

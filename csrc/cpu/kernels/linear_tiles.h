@@ -17,6 +17,7 @@ static constexpr int rows_of(int vectors) {
 }
 
 static constexpr int64_t kDepth = 64;  // products in one chain; 64 x 64 weights are also what stays in L1 for all rows
+static constexpr int kMaxPairs = 16;   // of one sum, each over the same depth
 
 struct Pair {  // one product x w of a sum of products; w is [k][ldw]
     const float* x;
@@ -53,7 +54,7 @@ struct Activation {
 static constexpr Activation kLinear = {Gate::kNone, nullptr, 0, 0.f};
 
 // The operand `mask` of a fused call; numbers {gate, slope}
-static Activation activation_of(const Call& c, int mask) {
+static inline Activation activation_of(const Call& c, int mask) {
     return {static_cast<Gate>(static_cast<int>(c.numbers[0])), c.mask(mask), c.row_stride[mask], c.numbers[1]};
 }
 
@@ -67,17 +68,17 @@ __attribute__((always_inline)) static inline void store_tile(vec (&acc)[R][C], f
         }
 }
 
-// y[R][C vectors] = act(init + sum over pairs of x w), in registers. init: one row for all (ld_init 0), a row
-// each, or null for zero.
+// y[R][C vectors] = act(init + sum over pairs of x w), in registers: from row `row` of the x, column `col` of the w on.
+// init: one row for all (ld_init 0), a row each, or null for zero.
 template <int R, int C>
-static inline void tile(const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy, const float* init,
-                        int64_t ld_init, const Activation& act) {
+static inline void tile(const Pair* pairs, int n_pairs, int64_t k, int64_t row, int64_t col, float* y, int64_t ldy,
+                        const float* init, int64_t ld_init, const Activation& act) {
     vec acc[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) acc[r][c] = vec{};
     for (int p = 0; p < n_pairs; ++p) {
-        const float *x = pairs[p].x, *w = pairs[p].w;
         const int64_t ldx = pairs[p].ldx, ldw = pairs[p].ldw;
+        const float *x = pairs[p].x + row * ldx, *w = pairs[p].w + col;
         for (int64_t i = 0; i < k; ++i, w += ldw) {
             vec b[C];
             for (int c = 0; c < C; ++c) b[c] = load(w + c * VL);
@@ -98,58 +99,65 @@ static inline void tile(const Pair* pairs, int n_pairs, int64_t k, float* y, int
 }
 
 template <int R, int C>
-static inline void tile_rows(int64_t rows, const Pair* p, int np, int64_t k, float* y, int64_t ldy, const float* init,
-                             int64_t ldi, const Activation& act) {
-    if (rows >= R) return tile<R, C>(p, np, k, y, ldy, init, ldi, act);
-    if constexpr (R > 1) tile_rows<R - 1, C>(rows, p, np, k, y, ldy, init, ldi, act);
+static inline void tile_rows(int64_t rows, const Pair* p, int np, int64_t k, int64_t row, int64_t col, float* y,
+                             int64_t ldy, const float* init, int64_t ldi, const Activation& act) {
+    if (rows >= R) return tile<R, C>(p, np, k, row, col, y, ldy, init, ldi, act);
+    if constexpr (R > 1) tile_rows<R - 1, C>(rows, p, np, k, row, col, y, ldy, init, ldi, act);
 }
 
 // All rows of a column of tiles: full tiles, then what is left in one smaller tile.
 template <int C>
-static void column(int64_t n, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy, const float* init,
-                   int64_t ld_init, const Activation& act) {
+static void column(int64_t n, const Pair* pairs, int n_pairs, int64_t k, int64_t col, float* y, int64_t ldy,
+                   const float* init, int64_t ld_init, const Activation& act) {
     constexpr int R = rows_of(C);
     for (int64_t r = 0; r < n;) {
         const int64_t left = n - r, rows = left >= R ? (left < 2 * R && left > R ? (left + 1) / 2 : R)
                                                      : left;  // 10 = 5 + 5, not 8 + 2
-        Pair here[2];
-        for (int p = 0; p < n_pairs; ++p)
-            here[p] = {pairs[p].x + r * pairs[p].ldx, pairs[p].ldx, pairs[p].w, pairs[p].ldw};
-        tile_rows<R, C>(rows, here, n_pairs, k, y + r * ldy, ldy, init ? init + r * ld_init : nullptr, ld_init,
+        tile_rows<R, C>(rows, pairs, n_pairs, k, r, col, y + r * ldy, ldy, init ? init + r * ld_init : nullptr, ld_init,
                         act.at(r, 0));
         r += rows;
     }
 }
 
-// y[n][cols] = act(init + sum of pairs), for cols (a multiple of kLane) columns that lie together in w.
-static void product(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
+// y[n][cols] = act(init + sum of pairs), each over k products, for cols (a multiple of kLane) columns that lie together
+// in w. For k = 0, too: then y is init.
+static inline void columns(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
                     const float* init, int64_t ld_init, const Activation& act) {
     for (int64_t c = 0; c < cols; c += kCols * VL) {
         const int vectors = static_cast<int>((cols - c < kCols * VL ? cols - c : kCols * VL) / VL);
         const float* from = init ? init + c : nullptr;
+        switch (vectors) {
+            case 1:
+                column<1>(n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, act.at(0, c));
+                break;
+            case 2:
+                column<2>(n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, act.at(0, c));
+                break;
+#if defined(__AVX512F__)
+            case 3:
+                column<3>(n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, act.at(0, c));
+                break;
+            default:
+                column<4>(n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, act.at(0, c));
+                break;
+#endif
+        }
+    }
+}
+
+// The same over any depth, in chains of about kDepth: a column of tiles at a time.
+static inline void product(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
+                    const float* init, int64_t ld_init, const Activation& act) {
+    for (int64_t c = 0; c < cols; c += kCols * VL) {
+        const int64_t width = cols - c < kCols * VL ? cols - c : kCols * VL;
+        const float* from = init ? init + c : nullptr;
         int64_t ld_from = ld_init, i = 0;
-        do {  // once even for k = 0: then y is init
+        do {
             const int64_t depth = k - i < kDepth + kDepth / 2 ? k - i : kDepth;
             Pair here[2];
             for (int p = 0; p < n_pairs; ++p)
                 here[p] = {pairs[p].x + i, pairs[p].ldx, pairs[p].w + i * pairs[p].ldw + c, pairs[p].ldw};
-            const Activation a = i + depth < k ? kLinear : act.at(0, c);
-            switch (vectors) {
-                case 1:
-                    column<1>(n, here, n_pairs, depth, y + c, ldy, from, ld_from, a);
-                    break;
-                case 2:
-                    column<2>(n, here, n_pairs, depth, y + c, ldy, from, ld_from, a);
-                    break;
-#if defined(__AVX512F__)
-                case 3:
-                    column<3>(n, here, n_pairs, depth, y + c, ldy, from, ld_from, a);
-                    break;
-                default:
-                    column<4>(n, here, n_pairs, depth, y + c, ldy, from, ld_from, a);
-                    break;
-#endif
-            }
+            columns(n, width, here, n_pairs, depth, y + c, ldy, from, ld_from, i + depth < k ? kLinear : act.at(0, c));
             from = y + c, ld_from = ldy;
             i += depth;
         } while (i < k);
@@ -206,7 +214,7 @@ static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, f
 #endif
 
 // piece[o][k] = w[k][o] for `cols` inputs from k on and `outs` outputs of one panel; zero beyond the last input
-static void transpose_piece(const float* w, int64_t width, int64_t inputs, int64_t cols, int64_t outs, float* piece) {
+static inline void transpose_piece(const float* w, int64_t width, int64_t inputs, int64_t cols, int64_t outs, float* piece) {
     if (outs < 4) {  // a head of one or two outputs: not worth a tile
         for (int64_t j = 0; j < outs; ++j)
             for (int64_t i = 0; i < cols; ++i) piece[j * cols + i] = i < inputs ? w[i * width + j] : 0.f;
@@ -218,12 +226,14 @@ static void transpose_piece(const float* w, int64_t width, int64_t inputs, int64
 }
 
 // ---------------------------------------------------------------------------------------------------- outer products
-struct Outer {  // dw += x^T d
+struct Outer {  // dw += x^T d, over n rows of `lines` lines
     const float* x;
     int64_t ldx;
     const float* d;
     int64_t ldd;
+    int64_t lines = 1, x_line = 0, d_line = 0;  // from one line to the next
 };
+static constexpr int kMaxOuter = 16;  // terms of one sum
 
 struct Epilogue {       // what is stored: acc, or base + scale acc
     const float* from;  // the chain goes on from the block before, or null
@@ -233,18 +243,21 @@ struct Epilogue {       // what is stored: acc, or base + scale acc
 };
 
 template <int R, int C>
-static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw, const Epilogue& e) {
+static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, int64_t k, float* dw, int64_t ldw,
+                              const Epilogue& e) {
     vec acc[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) acc[r][c] = e.from ? load(e.from + r * ldw + c * VL) : vec{};
     for (int t = 0; t < n_terms; ++t) {
-        const float *x = terms[t].x, *d = terms[t].d;
-        for (int64_t i = 0; i < n; ++i, x += terms[t].ldx, d += terms[t].ldd) {
-            vec b[C];
-            for (int c = 0; c < C; ++c) b[c] = load(d + c * VL);
-            for (int r = 0; r < R; ++r) {
-                const vec a = splat(x[r]);
-                for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
+        for (int64_t line = 0; line < terms[t].lines; ++line) {
+            const float *x = terms[t].x + k + line * terms[t].x_line, *d = terms[t].d + line * terms[t].d_line;
+            for (int64_t i = 0; i < n; ++i, x += terms[t].ldx, d += terms[t].ldd) {
+                vec b[C];
+                for (int c = 0; c < C; ++c) b[c] = load(d + c * VL);
+                for (int r = 0; r < R; ++r) {
+                    const vec a = splat(x[r]);
+                    for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
+                }
             }
         }
     }
@@ -258,10 +271,10 @@ static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, float*
 }
 
 template <int R, int C>
-static inline void outer_rows(int64_t rows, const Outer* t, int nt, int64_t n, float* dw, int64_t ldw,
+static inline void outer_rows(int64_t rows, const Outer* t, int nt, int64_t n, int64_t k, float* dw, int64_t ldw,
                               const Epilogue& e) {
-    if (rows >= R) return outer_tile<R, C>(t, nt, n, dw, ldw, e);
-    if constexpr (R > 1) outer_rows<R - 1, C>(rows, t, nt, n, dw, ldw, e);
+    if (rows >= R) return outer_tile<R, C>(t, nt, n, k, dw, ldw, e);
+    if constexpr (R > 1) outer_rows<R - 1, C>(rows, t, nt, n, k, dw, ldw, e);
 }
 
 // The rows [0, inputs) of one column of tiles of dw.
@@ -270,16 +283,14 @@ static void outer_column(int64_t inputs, const Outer* terms, int n_terms, int64_
                          const Epilogue& e) {
     constexpr int R = rows_of(C);
     for (int64_t k = 0; k < inputs; k += R) {
-        Outer here[2];
-        for (int t = 0; t < n_terms; ++t) here[t] = {terms[t].x + k, terms[t].ldx, terms[t].d, terms[t].ldd};
         const Epilogue at = {e.from ? e.from + k * ldw : nullptr, e.plus ? e.plus + k * ldw : nullptr,
                              e.base ? e.base + k * ldw : nullptr, e.scale};
-        outer_rows<R, C>(inputs - k < R ? inputs - k : R, here, n_terms, n, dw + k * ldw, ldw, at);
+        outer_rows<R, C>(inputs - k < R ? inputs - k : R, terms, n_terms, n, k, dw + k * ldw, ldw, at);
     }
 }
 
 // One column of tiles of dw over up to kDeep rows of the batch, dispatched by its width.
-static void outer_columns(int64_t width, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw,
+static inline void outer_columns(int64_t width, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw,
                           int64_t ldw, const Epilogue& e) {
     switch (width / VL) {
         case 1:

@@ -22,6 +22,7 @@ struct Call {
     int64_t n_total;                   // rows of the extent
     bool first, last;                  // block
     int part, parts;
+    float* scratch;  // kScratchBytes of this team member's own
     const int64_t* sizes;
     const float* numbers;
     const Task* task;
@@ -31,6 +32,8 @@ struct Call {
     const int64_t* label(int i) const { return static_cast<const int64_t*>(operands[i]); }
     int64_t stride(int i) const { return row_stride[i] / static_cast<int64_t>(sizeof(float)); }
 };
+
+constexpr int64_t kScratchBytes = 608 * 1024;  // of a Plan with kernels that use it: conv2d
 
 using Kernel = void (*)(const Call&);
 
@@ -47,6 +50,13 @@ using Kernel = void (*)(const Call&);
     K(linear_bwd_weight)     /* x, dy, dw?, db?, base?, scale?, bbase?, bscale?: dw = dy^T x, db = sum dy */ \
     K(linear_bwd_weight_jvp) /* x, dy, xt?, dyt?, dwt?, dbt?, base?, scale?, bbase?, bscale?: dwt = dyt^T x + dy^T xt, dbt = sum dyt */ \
     K(row_sum_bwd)           /* dy, db:                            sum dy; sizes {0, out} */ \
+    /* conv2d: sizes {c, h, w, o, kh, kw, stride h, w, pad top, left, out h, w, 1 where x is the caller's [c][h][w]}, images [h][w][c] */ \
+    K(conv2d_fwd)            /* x, w, b?, y:                       y = x * w + b */ \
+    K(conv2d_jvp)            /* x, w, xt?, wt?, bt?, yt:           yt = xt * w + x * wt + bt */ \
+    K(conv2d_bwd_input)      /* dy, w, dx:                         dx = the transposed convolution of dy with w */ \
+    K(conv2d_bwd_input_jvp)  /* dy?, w, dyt?, wt?, dxt:            the same of dyt with w, and of dy with wt */ \
+    K(conv2d_bwd_weight)     /* x, dy, dw?, db?:                   dw[o, c, tap] = sum over pixels dy[o] x[c] at the tap; db = sum dy */ \
+    K(conv2d_bwd_weight_jvp) /* x, dy?, xt?, dyt?, dwt?, dbt? */ \
     /* factored first layers (plan/rewrite.py): sizes {out, extent of the rows, as enum Rows}; whole extents, never blocks */ \
     K(gram_fwd)              /* x, xs, g:                          x xs^T, in double; sizes {in, extent} */ \
     K(factored_linear_fwd)   /* a, g, d, b?, y:                    y = a + g d + b */ \
@@ -108,7 +118,7 @@ using Kernel = void (*)(const Call&);
     K(transpose_fwd)         /* x, y; sizes {rows, cols} of x */ \
     K(slice_fwd)             /* x, y; sizes {outer, whole, start, length, inner} */ \
     K(slice_bwd)             /* dy, dx */ \
-    K(pack_fwd)              /* plain [out, in], packed; sizes {in, out} */ \
+    K(pack_fwd)              /* plain [out, in], packed; sizes {in, out, taps of a convolution or 0} */ \
     K(unpack_fwd)            /* packed, plain */
 // clang-format on
 

@@ -13,7 +13,7 @@ constexpr int64_t kLane = 16;   // floats; every row stride is a multiple of it,
 constexpr int64_t kPanel = 64;  // columns of a packed weight that lie together
 constexpr int64_t kNarrow = 8;  // weights of so few outputs lie the other way round
 constexpr int kMaxOperands = 16;
-constexpr int kMaxSizes = 8;
+constexpr int kMaxSizes = 16;
 constexpr int kMaxNumbers = 4;
 
 inline int64_t pad_lane(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
@@ -38,6 +38,7 @@ struct Instruction {
     int32_t n_operands = 0;
     int32_t operands = 0;  // index of the first one in Plan::operands
     bool sums = false;     // in a batch phase: adds over the rows of all tasks, instead of working row by row
+    int64_t pixels = 1;    // each of them is a row to the kernel: what works row by row on vectors works on images
     int64_t sizes[kMaxSizes] = {};
     float numbers[kMaxNumbers] = {};
 };
@@ -62,14 +63,15 @@ struct TaskBuffer {
     int64_t stride = 0;       // bytes of one row, or of one task
 };
 
-// How a leaf or a gradient meets the caller's array. kPacked: a [rows, cols] matrix <-> packed transpose; kPlain:
-// contiguous.
+// How a leaf or a gradient meets the caller's array. kPacked: a [rows, cols] matrix <-> packed transpose, or with taps
+// a [rows, cols / taps, taps] convolution; kPlain: contiguous.
 enum class Layout : int32_t { kPlain, kPacked };
 
 struct Port {
     int64_t offset = 0;  // in the meta arena, bytes
     Layout layout = Layout::kPlain;
     int64_t rows = 1, cols = 1;          // of one slot
+    int64_t taps = 0;                    // of a convolution's kernel
     int64_t steps = 1, step_stride = 0;  // slots on the step axis
 };
 
@@ -99,25 +101,33 @@ struct Plan {
     std::vector<Reduction> reductions;
     std::vector<Weighted> weighted;
     std::vector<Scalars> checked;  // must be finite: the losses of every step
-    int64_t meta_bytes = 0, run_bytes = 0, accumulator_floats = 0;
+    int64_t meta_bytes = 0, run_bytes = 0, scratch_bytes = 0, accumulator_floats = 0;
     int32_t halves = 1;
 };
 
 // A packed [out, in] weight: panels of kPanel outputs, each [in][width]; width = what is left, padded to kLane. With at
-// most kNarrow outputs: [out][in padded to kLane].
-inline bool is_narrow(int64_t out) { return out <= kNarrow; }
-inline int64_t packed_floats(int64_t in, int64_t out) {
-    return is_narrow(out) ? out * pad_lane(in) : in * pad_lane(out);
+// most kNarrow outputs: [out][in padded to kLane]. A convolution's [out, channels, taps] is packed as [out, in] with
+// in = taps * channels, the channels of a tap together, and is never narrow.
+inline bool is_narrow(int64_t out, int64_t taps = 0) { return taps == 0 && out <= kNarrow; }
+inline int64_t packed_floats(int64_t in, int64_t out, int64_t taps = 0) {
+    return is_narrow(out, taps) ? out * pad_lane(in) : in * pad_lane(out);
 }
 inline int64_t packed_width(int64_t panel, int64_t out) {
     int64_t left = pad_lane(out) - panel * kPanel;
     return left < kPanel ? left : kPanel;
 }
-inline int64_t packed_offset(int64_t o, int64_t in, int64_t out) {  // of the first input's element of output o
-    return is_narrow(out) ? o * pad_lane(in) : o / kPanel * kPanel * in + o % kPanel;
+// Of the first input's element of output o.
+inline int64_t packed_offset(int64_t o, int64_t in, int64_t out, int64_t taps = 0) {
+    return is_narrow(out, taps) ? o * pad_lane(in) : o / kPanel * kPanel * in + o % kPanel;
 }
-inline int64_t packed_stride(int64_t o, int64_t out) {  // from one input's element to the next
-    return is_narrow(out) ? 1 : packed_width(o / kPanel, out);
+// From one input's element to the next.
+inline int64_t packed_stride(int64_t o, int64_t out, int64_t taps = 0) {
+    return is_narrow(out, taps) ? 1 : packed_width(o / kPanel, out);
+}
+// Which input stands at row k of a packed weight: of a convolution's plain [channels, taps] the packed one is the
+// transpose.
+inline int64_t packed_input(int64_t k, int64_t in, int64_t taps) {
+    return taps == 0 ? k : k % (in / taps) * taps + k / (in / taps);
 }
 
 }  // namespace fastmaml

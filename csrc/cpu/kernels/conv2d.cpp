@@ -1,0 +1,224 @@
+// conv2d in all modes, direct, on images [h][w][channels] and packed weights [tap][channel][outputs] (plan.h). A strip
+// of the input is brought together first, with its zero padding and without padded channels, so that all that one row
+// of taps reads for a pixel lies in one run of kw * c floats: what is left is the matrix product of linear_tiles.h over
+// a few such runs. The transposed convolution is the same on dy, with transposed weights, once for each residue of the
+// stride. A sum is made of pieces in an order that depends on the shape of the layer alone.
+#include "conv_strips.h"
+#include "linear_tiles.h"
+
+namespace fastmaml {
+namespace FASTMAML_ISA {
+namespace {
+
+struct Term {  // one product of a sum: a strip and its weights, [row of taps][col of taps][channel][width]
+    Strip strip;
+    const float* w;
+};
+
+struct Product {
+    int64_t taps_h, runs;    // rows of taps, and runs in each of them: one, or one per tap where channels are cut
+    int64_t run, next;       // floats of a run, and rows of the weights from one run to the next
+    int64_t width;           // of a row of the weights: columns of the output
+    int64_t step_h, step_w;  // from one output pixel to the next, in pixels of the strip
+    float* y;
+    int64_t y_row, y_pixel;  // floats from one output row, pixel to the next
+    const float* bias;       // or null
+    bool begun;              // adds to what is there
+};
+
+// `n` runs from q on, products [i, ...) of each, for one row of output pixels
+int gather(const Term* terms, int n_terms, const Product& p, int64_t row, int64_t q0, int64_t n, int64_t i, Pair* out) {
+    int count = 0;
+    for (int t = 0; t < n_terms; ++t)
+        for (int64_t q = q0; q < q0 + n; ++q) {
+            const Strip& s = terms[t].strip;
+            const float* x = s.at + (row * p.step_h + q / p.runs) * s.row + q % p.runs * s.pixel + i;
+            out[count++] = {x, p.step_w * s.pixel, terms[t].w + (q * p.next + i) * p.width, p.width};
+        }
+    return count;
+}
+
+// A strip's worth of the output: chains of about kDepth products each; short runs go together.
+void multiply(const Term* terms, int n_terms, const Product& p, int64_t rows, int64_t cols) {
+    const int64_t runs = p.taps_h * p.runs, most = kMaxPairs / (n_terms ? n_terms : 1), fit = p.run ? kDepth / p.run : 1;
+    const int64_t together = fit < 1 ? 1 : fit < most ? fit : most;
+    const int64_t few = 4096 / (cols * p.width) + 1;  // rows of the output that stay in L1 while the weights go by
+    Pair pairs[kMaxPairs];
+    for (int64_t r0 = 0; r0 < rows; r0 += few) {
+        const int64_t r1 = r0 + few < rows ? r0 + few : rows;
+        bool begun = p.begun;
+        for (int64_t q = 0; q < runs; q += together) {
+            const int64_t here = runs - q < together ? runs - q : together;
+            for (int64_t i = 0; i < p.run;) {
+                const int64_t depth = p.run - i < kDepth + kDepth / 2 ? p.run - i : kDepth;
+                for (int64_t r = r0; r < r1; ++r) {
+                    const int n = gather(terms, n_terms, p, r, q, here, i, pairs);
+                    float* y = p.y + r * p.y_row;
+                    columns(cols, p.width, pairs, n, depth, y, p.y_pixel, begun ? y : p.bias, begun ? p.y_pixel : 0,
+                            kLinear);
+                }
+                begun = true;
+                i += depth;
+            }
+        }
+        for (int64_t r = r0; !begun && r < r1; ++r)  // no tap reaches these pixels
+            columns(cols, p.width, pairs, 0, 0, p.y + r * p.y_row, p.y_pixel, p.bias, 0, kLinear);
+    }
+}
+
+struct Source {  // an image operand against a weight
+    int operand;
+    const float* w;
+};
+
+// ---------------------------------------------------------------------------------------------------- forward
+// y = bias + sum over sources of x * w
+void forward(const Call& c, const Source* sources, int n, const float* bias, int out) {
+    const Shape s(c);
+    const int64_t padded = pad_lane(s.o);
+    const Cut cut = cut_of(s.c, s.kh, s.kw, s.sh, s.sw, s.ow, s.oh, n ? n : 1);
+    for_lines(c, s.oh, [&](int64_t image, int64_t first, int64_t lines) {
+        for_pieces(cut, first, lines, s.ow, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
+            for (int64_t c0 = 0; c0 < s.c; c0 += cut.channels) {
+                const int64_t channels = s.c - c0 < cut.channels ? s.c - c0 : cut.channels;
+                const bool all = channels == s.c;
+                const Region region = {row * s.sh - s.top,       col * s.sw - s.left,      (rows - 1) * s.sh + s.kh,
+                                       (cols - 1) * s.sw + s.kw, c0,                       channels};
+                Term terms[2];
+                for (int t = 0; t < n; ++t)
+                    terms[t].strip = bring(image_at(c, sources[t].operand, image, s), region,
+                                           c.scratch + t * (kStripFloats / n));
+                Product p;
+                p.taps_h = n ? s.kh : 0, p.runs = all ? 1 : s.kw, p.step_h = s.sh, p.step_w = s.sw;
+                p.run = all ? s.kw * s.c : channels, p.next = all ? p.run : s.c;
+                p.y_pixel = padded, p.y_row = s.ow * padded, p.begun = c0 > 0;
+                for (int64_t o = 0; o < padded; o += kPanel) {
+                    p.width = packed_width(o / kPanel, s.o);
+                    p.y = c.f(out) + image * c.stride(out) + row * p.y_row + col * padded + o;
+                    p.bias = bias ? bias + o : nullptr;
+                    for (int t = 0; t < n; ++t)
+                        terms[t].w = sources[t].w + o * s.kh * s.kw * s.c + c0 * p.width;
+                    multiply(terms, n, p, rows, cols);
+                }
+            }
+        });
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------- bwd_input
+// The pixels of dx in one residue of the stride along one axis: `count` of them from `start` on; the taps that reach
+// them, `taps` of them from the last one down in steps of the stride, in the order in which they meet dy; and where
+// the first of those meets it for the first pixel.
+struct Axis {
+    int64_t start, count, taps, last, offset;
+    Axis(int64_t residue, int64_t size, int64_t kernel, int64_t stride, int64_t before) {
+        start = residue;
+        count = size > residue ? (size - residue + stride - 1) / stride : 0;
+        const int64_t tap = (residue + before) % stride;  // the first one that divides
+        taps = kernel > tap ? (kernel - tap + stride - 1) / stride : 0;
+        last = tap + (taps - 1) * stride;
+        offset = taps ? (residue + before - last) / stride : 0;
+    }
+};
+
+// Weights [o][c][tap] of some rows of taps, `cols` input channels from k on and some outputs, as [tap][o][cols]
+void transpose_weights(const Shape& s, const float* w, const Axis& h, const Axis& v, int64_t a0, int64_t a1, int64_t o0,
+                       int64_t outputs, int64_t k, int64_t cols, float* to) {
+    const int64_t in = s.kh * s.kw * s.c;
+    for (int64_t a = a0; a < a1; ++a)
+        for (int64_t b = 0; b < v.taps; ++b) {
+            const int64_t tap = (h.last - a * s.sh) * s.kw + v.last - b * s.sw;
+            for (int64_t o = o0; o < o0 + outputs;) {
+                const int64_t width = packed_width(o / kPanel, s.o);
+                int64_t outs = kPanel - o % kPanel;
+                if (outs > o0 + outputs - o) outs = o0 + outputs - o;
+                const float* from = w + o / kPanel * kPanel * in + (tap * s.c + k) * width + o % kPanel;
+                transpose_piece(from, width, s.c - k, cols, outs, to);
+                to += outs * cols;
+                o += outs;
+            }
+        }
+}
+
+// dx for one panel of input channels and one residue: dy's channels, and the rows of taps, a few at a time
+void backward_residue(const Call& c, const Shape& s, const Source* sources, int n, int out, const Axis& h,
+                      const Axis& v, int64_t k, int64_t cols) {
+    const int64_t taps_w = v.taps ? v.taps : 1, room = kWeightFloats / n, padded = pad_lane(s.c);
+    Cut cut = cut_of(s.o, h.taps ? h.taps : 1, taps_w, 1, 1, v.count, h.count, n);
+    while (taps_w * cut.channels * cols > room && cut.channels > kLane) cut.channels = pad_lane((cut.channels + 1) / 2);
+    const int64_t fit = room / (taps_w * cut.channels * cols), group = fit < 1 ? 1 : fit;
+    bool begun = false;
+    for (int64_t o0 = 0; o0 < s.o; o0 += cut.channels) {
+        const int64_t outputs = s.o - o0 < cut.channels ? s.o - o0 : cut.channels;
+        int64_t a = 0;
+        do {
+            const int64_t taps = v.taps == 0 ? 0 : h.taps - a < group ? h.taps - a : group;
+            Term terms[2];
+            for (int t = 0; t < n; ++t) {
+                float* to = c.scratch + kStripFloats + t * room;
+                transpose_weights(s, sources[t].w, h, v, a, a + taps, o0, outputs, k, cols, to);
+                terms[t].w = to;
+            }
+            Product p;
+            p.taps_h = taps, p.runs = 1, p.run = p.next = v.taps * outputs, p.width = cols, p.step_h = p.step_w = 1;
+            p.y_row = s.sh * s.w * padded, p.y_pixel = s.sw * padded, p.bias = nullptr, p.begun = begun;
+            for_lines(c, h.count, [&](int64_t image, int64_t first, int64_t lines) {
+                for_pieces(cut, first, lines, v.count, [&](int64_t row, int64_t rows, int64_t col, int64_t width) {
+                    const Region region = {row + h.offset + a, col + v.offset, rows - 1 + taps, width - 1 + v.taps,
+                                           o0,                 outputs};
+                    for (int t = 0; t < n && p.taps_h; ++t) {
+                        const float* dy = c.f(sources[t].operand) + image * c.stride(sources[t].operand);
+                        terms[t].strip = bring({dy, s.o, s.oh, s.ow, false}, region,
+                                               c.scratch + t * (kStripFloats / n));
+                    }
+                    p.y = c.f(out) + image * c.stride(out) + k +
+                          ((h.start + row * s.sh) * s.w + v.start + col * s.sw) * padded;
+                    multiply(terms, n, p, rows, width);
+                });
+            });
+            begun = true;
+            a += taps ? taps : 1;
+        } while (a < h.taps);
+    }
+}
+
+void backward_input(const Call& c, const Source* sources, int n, int out) {
+    const Shape s(c);
+    for (int64_t k = 0; k < pad_lane(s.c); k += kPanel)
+        for (int64_t i = 0; i < s.sh; ++i)
+            for (int64_t j = 0; j < s.sw; ++j) {
+                const Axis h(i, s.h, s.kh, s.sh, s.top), v(j, s.w, s.kw, s.sw, s.left);
+                if (h.count && v.count) backward_residue(c, s, sources, n, out, h, v, k, packed_width(k / kPanel, s.c));
+            }
+}
+
+}  // namespace
+
+void conv2d_fwd(const Call& c) {
+    const Source source = {0, c.f(1)};
+    forward(c, &source, 1, c.f(2), 3);
+}
+
+void conv2d_jvp(const Call& c) {  // x, w, xt?, wt?, bt?, yt
+    Source sources[2];
+    int n = 0;
+    if (c.f(2)) sources[n++] = {2, c.f(1)};
+    if (c.f(3)) sources[n++] = {0, c.f(3)};
+    forward(c, sources, n, c.f(4), 5);
+}
+
+void conv2d_bwd_input(const Call& c) {
+    const Source source = {0, c.f(1)};
+    backward_input(c, &source, 1, 2);
+}
+
+void conv2d_bwd_input_jvp(const Call& c) {  // dy?, w, dyt?, wt?, dxt
+    Source sources[2];
+    int n = 0;
+    if (c.f(2)) sources[n++] = {2, c.f(1)};
+    if (c.f(0) && c.f(3)) sources[n++] = {0, c.f(3)};
+    backward_input(c, sources, n, 4);
+}
+
+}  // namespace FASTMAML_ISA
+}  // namespace fastmaml
