@@ -72,7 +72,7 @@ class Prepared:
         at = {name: i for i, name in enumerate(self.task_buffers)}
         self.data = [(at[name], i, _INT if plan.buffers[name].kind == "label" else _REAL) for i, name in enumerate(_DATA) if name in at]
         self.leaves = [(at[name], name) for name in self.task_buffers if name in plan.inputs and name not in (*_DATA, "dlogits")]
-        masks = [name for name in plan.results if plan.buffers[name].kind == "mask"]
+        masks = [name for name in plan.results if plan.buffers[name].kind in ("mask", "index")]
         self.results = [(at[name], name) for name in self.task_buffers if name in plan.results and name not in masks]
         known = {*_DATA, *(name for _, name in (*self.leaves, *self.results)), "dlogits"}
         self.kept = [(at[name], name) for name in self.task_buffers if name not in known]
@@ -280,16 +280,14 @@ class CpuExecutor:
         return out
 
     def _masks(self, prepared: Prepared, workspace: Workspace, batch) -> dict:
-        """The recorded masks: (buffer, step) -> one bool tensor per task."""
-        out = {}
+        """The recorded decisions: (buffer, step) -> one tensor per task, bool of a ReLU, int64 of a pooling."""
+        out, sizes = {}, {"support": batch.support_sizes, "query": batch.query_sizes}
         for _, name in prepared.kept:
-            buffer = self.plan.buffers[name]
-            if buffer.kind != "mask" or name not in self.plan.results:
+            buffer, lowering = self.plan.buffers[name], prepared.lowering
+            if buffer.kind not in ("mask", "index") or name not in self.plan.results:
                 continue
-            lowering = prepared.lowering
             stride, step_stride = lowering._stride(buffer), lowering._step_stride(buffer)
             start = _aligned(workspace.kept[name]) - workspace.kept[name].data_ptr()
-            sizes = {"support": batch.support_sizes, "query": batch.query_sizes}
             for slot in range(max(buffer.steps, 1)):
                 tasks = []
                 for t in range(len(batch)):
@@ -298,9 +296,6 @@ class CpuExecutor:
                         at = start + sum(sizes[buffer.rows][:t]) * stride
                     else:
                         at = start + t * lowering.kept_bytes(name) + slot * step_stride
-                    block = workspace.kept[name][at : at + rows * stride].view(rows, stride)[:, : buffer.numel]
-                    tasks.append(block.clone().bool().view(rows, *buffer.shape))
+                    tasks.append(lowering.decisions(name, workspace.kept[name][at : at + rows * stride].view(rows, stride)))
                 out[name, slot] = tasks
         return out
-
-

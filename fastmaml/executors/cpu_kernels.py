@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fastmaml.plan.instructions import Buffer, Instruction, Operand
+import torch
+from torch import Tensor
 
+from fastmaml.plan.instructions import Buffer, Instruction, Operand, Plan
+
+LANE = 16  # floats; as in csrc/include/fastmaml/plan.h
 BASES = (None,) * 4  # base, scale, bbase, bscale: where a weight gradient is not added to anything
+MOST_TAPS, MOST_TAPS_IN_A_ROW = 2048, 96  # of a convolution: what a strip and the weights of a row of taps have room for
+PLANES = "planes"  # kind of an image that lies as the caller has it: [c, h, w], not padded
 SMOOTH = ("tanh", "sigmoid", "exp", "elu", "gelu", "silu", "softplus")
 
 
 @dataclass(frozen=True)
 class Native:
-    """One native call. ``packed``: operands that must be packed weights; ``plain``: that must not; ``unpadded``: row operands that may have any stride."""
+    """One native call. ``packed``: operands that must be packed weights; ``plain``: that must not; ``unpadded``: row operands that may lie as the
+    caller has them; ``pixels``: of an image, each of which is a row to the kernel."""
 
     kernel: str
     operands: tuple[Operand, ...]
@@ -22,6 +29,7 @@ class Native:
     packed: tuple[int, ...] = ()
     plain: bool = False
     unpadded: tuple[int, ...] = ()
+    pixels: int = 1
 
 
 Buffers = Mapping[str, Buffer]
@@ -37,6 +45,35 @@ def native(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     if op not in _TABLE:
         raise NotImplementedError(f"{instr.kernel} has no native kernel yet")
     return _TABLE[op](instr, buffers, extent)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Of a max pooling, whose index buffer holds positions inside of a window."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    width: int  # of the image
+
+    @property
+    def item_bytes(self) -> int:
+        return 1 if self.kernel[0] * self.kernel[1] <= 256 else 4
+
+    def flat(self, position: Tensor) -> Tensor:
+        """[n, c, h, w] positions as indices into the image."""
+        rows, columns = (torch.arange(n) * s - p for n, s, p in zip(position.shape[2:], self.stride, self.padding, strict=True))
+        return (rows[:, None] + position // self.kernel[1]) * self.width + columns + position % self.kernel[1]
+
+
+def windows(plan: Plan) -> dict[str, Windows]:
+    """Of each index buffer."""
+    out = {}
+    for _, instr in plan.instructions():
+        if instr.kernel == "maxpool2d_fwd":
+            attrs = [instr.attrs[name] for name in ("kernel", "stride", "padding")]
+            out[instr.outputs[1].buffer] = Windows(*attrs, plan.buffers[instr.inputs[0].buffer].shape[2])
+    return out
 
 
 def same_layout(instr: Instruction, buffers: Buffers) -> list[Operand]:
@@ -64,6 +101,26 @@ def _width(ref: Operand, buffers: Buffers) -> int:
     return _buffer(ref, buffers).numel
 
 
+def pad_lane(n: int) -> int:
+    return -(-n // LANE) * LANE
+
+
+def is_image(buffer: Buffer) -> bool:
+    """Rows of [c, h, w]: in memory [h][w][c padded]."""
+    return buffer.rows is not None and len(buffer.shape) == 3
+
+
+def _channels(ref: Operand, buffers: Buffers) -> int:
+    """What lies together, and is padded."""
+    buffer = _buffer(ref, buffers)
+    return buffer.shape[0] if is_image(buffer) else buffer.numel
+
+
+def _pixels(ref: Operand, buffers: Buffers) -> int:
+    buffer = _buffer(ref, buffers)
+    return buffer.shape[1] * buffer.shape[2] if is_image(buffer) else 1
+
+
 def _first(instr: Instruction) -> Operand:
     return next(ref for ref in (*instr.outputs, *instr.inputs) if ref is not None)
 
@@ -87,28 +144,51 @@ def _linear(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     return Native(instr.kernel, refs, (_width(x, buffers), _width(y, buffers)), packed=packed, unpadded=unpadded)
 
 
+def _conv2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    mode = instr.kernel.removeprefix("conv2d_")
+    ins, outs = instr.inputs, instr.outputs
+    refs, attrs = (*ins, *outs), instr.attrs
+    packed = {"fwd": (1,), "jvp": (1, 3), "bwd_input": (1,), "bwd_input_jvp": (1, 3), "bwd_weight": (2,), "bwd_weight_jvp": (4,)}[mode]
+    unpadded: tuple[int, ...] = ()
+    if mode in ("fwd", "jvp"):
+        x, w, y, unpadded = _buffer(ins[0], buffers).shape, _buffer(ins[1], buffers).shape, _buffer(outs[0], buffers).shape, (0,)
+    else:
+        x, w = attrs["input_shape"], attrs.get("weight_shape") or _buffer(ins[1], buffers).shape
+        slots = {"bwd_input": (0,), "bwd_input_jvp": (0, 2), "bwd_weight": (1,), "bwd_weight_jvp": (1, 3)}[mode]
+        y = next(_buffer(ins[i], buffers).shape for i in slots if ins[i])
+        unpadded = (0,) if "weight" in mode else ()
+    taps_h, taps_w = w[2:]
+    if taps_h * taps_w > MOST_TAPS or taps_w > MOST_TAPS_IN_A_ROW:
+        raise NotImplementedError(f"conv2d with a kernel of {taps_h} x {taps_w} has no native kernel")
+    (top, _, left, _), planes = attrs["padding"], int(ins[0] is not None and _buffer(ins[0], buffers).kind == PLANES)
+    sizes = (*x, w[0], taps_h, taps_w, *attrs["stride"], top, left, *y[1:], planes)
+    return Native(instr.kernel, refs, sizes, packed=packed, unpadded=unpadded)
+
+
 def _batchnorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     x = instr.inputs[0]
-    if instr.kernel != "batchnorm_running_fwd" and len(_buffer(x, buffers).shape) != 1:
-        raise NotImplementedError("batchnorm over images has no native kernel yet")
     rows = instr.attrs["stat_rows"]
     stat = 0 if rows is None else -1 if rows == extent else -2
-    return Native(instr.kernel, (*instr.inputs, *instr.outputs), (_width(x, buffers), stat), (instr.attrs["eps"],))
+    pixels = _pixels(x, buffers)
+    sizes = (_channels(x, buffers), stat, pixels)
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), sizes, (instr.attrs["eps"],), pixels=pixels)
 
 
 def _relu(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     mode = instr.kernel.removeprefix("leaky_").removeprefix("relu_")
     kernel = {"fwd": "relu_fwd", "replay": "relu_replay"}.get(mode, "relu_bwd")
     refs = (*instr.inputs, *instr.outputs)
-    width = max(_width(ref, buffers) for ref in refs if ref)
-    return Native(kernel, refs, (width,), (instr.attrs.get("slope", 0.0),))
+    first = _first(instr)
+    return Native(kernel, refs, (_channels(first, buffers),), (instr.attrs.get("slope", 0.0),), pixels=_pixels(first, buffers))
 
 
 def _smooth(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     refs, attrs = (*instr.inputs, *instr.outputs), instr.attrs
     numbers = {"elu": ("alpha",), "softplus": ("beta", "threshold")}.get(instr.kernel.split("_")[0], ())
-    sizes = (_width(_first(instr), buffers), int(attrs.get("approximate") == "tanh"))
-    return Native(instr.kernel, refs, sizes, tuple(float(attrs[n]) for n in numbers), plain=_buffer(_first(instr), buffers).rows is None)
+    first = _first(instr)
+    sizes = (_channels(first, buffers), int(attrs.get("approximate") == "tanh"))
+    numbers = tuple(float(attrs[n]) for n in numbers)
+    return Native(instr.kernel, refs, sizes, numbers, plain=_buffer(first, buffers).rows is None, pixels=_pixels(first, buffers))
 
 
 def _loss(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
@@ -158,17 +238,19 @@ def _row_sum(instr: Instruction, buffers: Buffers, extent: str | None) -> Native
 
 def _array(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     """axpy, scale, zero, copy: over whole arrays, or row by row."""
-    refs, width = (*instr.inputs, *instr.outputs), _width(instr.outputs[0], buffers)
+    refs, out = (*instr.inputs, *instr.outputs), instr.outputs[0]
     numbers = (instr.attrs["sign"],) if "sign" in instr.attrs else ()
     if not _rows(instr, buffers):
-        return Native(instr.kernel, refs, (width,), numbers)
-    stem = instr.kernel.removesuffix("_fwd")
-    return Native(f"{stem}_rows_fwd", refs, (width,), numbers, unpadded=(0, 1) if stem == "copy" else ())
+        return Native(instr.kernel, refs, (_width(out, buffers),), numbers)
+    stem, pixels = instr.kernel.removesuffix("_fwd"), _pixels(out, buffers)
+    return Native(f"{stem}_rows_fwd", refs, (_channels(out, buffers),), numbers, unpadded=(0, 1) if stem == "copy" and pixels == 1 else (), pixels=pixels)
 
 
 def _move(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
-    unpadded = (0, 1) if instr.kernel == "join_rows_fwd" else (0,)
-    return Native(instr.kernel, (*instr.inputs, *instr.outputs), (_width(instr.outputs[0], buffers),), unpadded=unpadded)
+    refs, out = (*instr.inputs, *instr.outputs), instr.outputs[0]
+    if is_image(_buffer(out, buffers)):  # whole images with their padding
+        return Native(instr.kernel, refs, (_pixels(out, buffers) * pad_lane(_channels(out, buffers)),))
+    return Native(instr.kernel, refs, (_width(out, buffers),), unpadded=(0, 1) if instr.kernel == "join_rows_fwd" else (0,))
 
 
 # ------------------------------------------------------------------------------------------------------------------- expressions
@@ -190,7 +272,7 @@ def _expression(instr: Instruction, buffers: Buffers, extent: str | None) -> Nat
     if op == "add" and mode in ("fwd", "jvp"):
         (x, y), z = instr.inputs, instr.outputs[0]
         if _rows(instr, buffers):
-            return Native("add_rows_fwd", (x, y, z), (_width(z, buffers),))
+            return Native("add_rows_fwd", (x, y, z), (_channels(z, buffers),), pixels=_pixels(z, buffers))
         if mode == "fwd" and shape(x) == shape(y):
             return Native("add_fwd", (x, y, z), (_width(z, buffers),))
         bits = [0 if ref is None else _bits(shape(ref), shape(z)) for ref in (x, y)]
@@ -257,6 +339,7 @@ def _reshape(instr: Instruction, buffers: Buffers, extent: str | None) -> Native
 
 _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
     "linear": _linear,
+    "conv2d": _conv2d,
     "gram": _factored,
     "factored_linear": _factored,
     "row_sum": _row_sum,

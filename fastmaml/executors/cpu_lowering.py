@@ -1,8 +1,8 @@
 """Plan -> the flat numbers that ``fastmaml._cpu`` walks: layouts, addresses, native calls. Nothing here knows of meta-learning.
 
-Rows are padded to LANE floats. A weight that a linear layer reads is kept packed (csrc/include/fastmaml/plan.h), and so is everything elementwise with
-it (its trajectory, gradients, rates); expressions work on plain arrays, with conversions in between. A lowering is made for one capacity:
-the largest task of the batch.
+Rows are padded to LANE floats, and images are [h][w][c] with the channels padded. A weight that a linear or conv2d layer reads is kept packed
+(csrc/include/fastmaml/plan.h), and so is everything elementwise with it (its trajectory, gradients, rates); expressions work on plain arrays, with
+conversions in between. A lowering is made for one capacity: the largest task of the batch.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from fastmaml.executors.cpu_fusion import DEEP, Fusion, Step
-from fastmaml.executors.cpu_kernels import Native, native, same_layout
+from fastmaml.executors.cpu_kernels import LANE, PLANES, Native, is_image, native, same_layout, windows
 from fastmaml.plan.instructions import Buffer, Group, Instruction, Phase, Plan, Ref
 from fastmaml.plan.memory import arena_layout
 
-LANE, NARROW, ALIGN = 16, 8, 64  # the first two as in csrc/include/fastmaml/plan.h
+NARROW, ALIGN = 8, 64  # the first as in csrc/include/fastmaml/plan.h
 BLOCK_BYTES = 512 * 1024  # what one block of rows of a group may occupy: half of a small L2
 HOMES = {"meta": 0, "task": 1, "run": 2, "scratch": 2, "block": 2}
 ROWS = {None: 0, "support": 1, "query": 2, "joint": 3}
+
+
+SCRATCH = ("conv2d_",)  # kernels that need it
 
 
 def pad(n: int, to: int = LANE) -> int:
@@ -38,6 +44,7 @@ class Lowering:
         self.plan, self.capacity, self.kernel_ids, self.block_rows = plan, dict(capacity), kernel_ids, block_rows
         self.buffers: dict[str, Buffer] = dict(plan.buffers)
         self.alias: dict[str, str] = {}
+        self.windows = windows(plan)
         self._aliases()
         self._layouts()
         self.phases = [self._phase(phase) for phase in plan.schedule]
@@ -60,17 +67,24 @@ class Lowering:
         for _, instr in self.plan.instructions():
             for ref in instr.writes():
                 writers[ref.buffer] = writers.get(ref.buffer, 0) + 1
+        for name, buffer in self.buffers.items():
+            if is_image(buffer) and self._outside(buffer):
+                self.buffers[name] = replace(buffer, kind=PLANES)
         for _, instr in self.plan.instructions():
-            if instr.kernel.startswith("reshape_"):
-                x, y = self.buffers[instr.inputs[0].buffer], self.buffers[instr.outputs[0].buffer]
-                once = writers[y.name] == 1 and writers.get(x.name, 0) <= 1
-                if x.rows and once and x.steps == y.steps and y.name not in self.plan.results:
-                    self.alias[y.name] = x.name
-                    if x.home == "block" or (x.home == "scratch" and y.home == "run"):  # lives as long as its longest-lived name
-                        self.buffers[x.name] = replace(x, home=y.home)
+            if not instr.kernel.startswith("reshape_"):
+                continue
+            x, y = self.buffers[instr.inputs[0].buffer], self.buffers[instr.outputs[0].buffer]
+            once = writers[y.name] == 1 and writers.get(x.name, 0) <= 1
+            callers = self._outside(self.buffers[self._name(x.name)])
+            if x.rows and once and x.steps == y.steps and y.name not in self.plan.results and (callers or _same_memory(x, y)):
+                self.alias[y.name] = x.name
+                if callers and is_image(y):
+                    self.buffers[y.name] = replace(y, kind=PLANES)
+                if x.home == "block" or (x.home == "scratch" and y.home == "run"):  # lives as long as its longest-lived name
+                    self.buffers[x.name] = replace(x, home=y.home)
 
     def _layouts(self) -> None:
-        """Packed: every array that is, or is elementwise with, the weight of a linear layer."""
+        """Packed: every array that is, or is elementwise with, the weight of a linear or conv2d layer."""
         parent: dict[str, str] = {}
 
         def find(name: str) -> str:
@@ -86,7 +100,7 @@ class Lowering:
         weights: set[str] = set()
         for _, instr in self.plan.instructions():
             join(ref.buffer for ref in same_layout(instr, self.buffers) if ref)
-            if instr.kernel.startswith("linear_"):
+            if instr.kernel.startswith(("linear_", "conv2d_")):
                 call = native(instr, self.buffers, None)
                 weights.update(call.operands[i].buffer for i in call.packed if call.operands[i])
         for buffer in self.buffers.values():
@@ -95,7 +109,7 @@ class Lowering:
         for reduction in self.plan.reductions:
             join([reduction.source.buffer, reduction.target])
         roots = {find(name) for name in weights}
-        self.packed = {n for n, b in self.buffers.items() if len(b.shape) == 2 and not b.rows and find(n) in roots}
+        self.packed = {n for n, b in self.buffers.items() if len(b.shape) in (2, 4) and not b.rows and find(n) in roots}
 
     def _plain_result(self, name: str) -> bool:
         """Results of a task leave in the model's own layout."""
@@ -130,14 +144,20 @@ class Lowering:
                 continue
             buffer = self.buffers[self._name(ref.buffer)]
             is_output = id(ref) in outputs
-            if buffer.rows and i not in call.unpadded and self._unpadded(buffer):
+            if self.buffers[ref.buffer].kind == PLANES:
+                if i not in call.unpadded:
+                    temporary = self._temporary("image", replace(self.buffers[ref.buffer], kind="real"), home)
+                    c, h, w = buffer.shape
+                    before.append(Step(Native("unflatten_image_fwd", (ref, temporary), (c, h, w)), rows))
+                    operands[i] = temporary
+            elif buffer.rows and i not in call.unpadded and self._unpadded(buffer):
                 temporary = self._temporary("padded", buffer, home)
                 copy = Native("copy_rows_fwd", (temporary, ref) if is_output else (ref, temporary), (buffer.numel,))
                 (after if is_output else before).append(Step(self._sized(copy), rows))
                 operands[i] = temporary
-            elif not buffer.rows and len(buffer.shape) == 2 and (call.plain and ref.buffer in self.packed):
+            elif call.plain and ref.buffer in self.packed:
                 temporary = self._temporary("plain", buffer, home)
-                shape = (buffer.shape[1], buffer.shape[0])
+                shape = _matrix(buffer)
                 convert = Native("pack_fwd", (temporary, ref), shape) if is_output else Native("unpack_fwd", (ref, temporary), shape)
                 (after if is_output else before).append(Step(convert, None))
                 operands[i] = temporary
@@ -151,10 +171,9 @@ class Lowering:
     def _copy(self, call: Native) -> Native:
         """A copy between a packed and a plain array is a conversion."""
         x, y = call.operands
-        shape = self.buffers[x.buffer].shape
         if (x.buffer in self.packed) == (y.buffer in self.packed):
             return call
-        return Native("unpack_fwd" if x.buffer in self.packed else "pack_fwd", (x, y), (shape[1], shape[0]))
+        return Native("unpack_fwd" if x.buffer in self.packed else "pack_fwd", (x, y), _matrix(self.buffers[x.buffer]))
 
     def _sized(self, call: Native) -> Native:
         """Elementwise kernels walk the stored floats (packed arrays have padding of their own); row copies say what is padded."""
@@ -171,12 +190,12 @@ class Lowering:
 
     def _unpadded(self, buffer: Buffer) -> bool:
         """Arrays that lie in the caller's memory have no padding."""
-        return self._outside(buffer) and buffer.kind == "real" and buffer.numel % LANE != 0
+        return self._outside(buffer) and buffer.kind in ("real", PLANES) and buffer.numel % LANE != 0
 
     def _outside(self, buffer: Buffer) -> bool:
         """In the caller's memory (recorded masks are not: they are read out of the workspace)."""
         return buffer.home == "task" and (
-            buffer.name in self.plan.inputs or (buffer.name in self.plan.results and buffer.kind == "real")
+            buffer.name in self.plan.inputs or (buffer.name in self.plan.results and buffer.kind in ("real", PLANES))
         )
 
     def _import_task_leaves(self) -> None:
@@ -189,7 +208,7 @@ class Lowering:
                 self.buffers[own] = replace(buffer, name=own, home="run")
                 if name in self.packed:
                     self.packed.add(own)
-                    steps.append(Step(Native("pack_fwd", (Ref(name), Ref(own)), (buffer.shape[1], buffer.shape[0])), None))
+                    steps.append(Step(Native("pack_fwd", (Ref(name), Ref(own)), _matrix(buffer)), None))
                 else:
                     flags = (1, 0)
                     steps.append(Step(Native("copy_rows_fwd", (Ref(name), Ref(own)), (buffer.numel, *flags)), None))
@@ -217,12 +236,16 @@ class Lowering:
             return 4 * buffer.numel
         if buffer.columns:
             return 8 * pad(self.capacity[buffer.columns], 8)  # kept in double
-        return pad(buffer.numel) * (1 if buffer.kind == "mask" else 4) if buffer.name not in self.packed else 4 * self._floats(buffer)
+        return self._floats(buffer) * (1 if buffer.kind == "mask" else self.windows[buffer.name].item_bytes if buffer.kind == "index" else 4)
 
     def _floats(self, buffer: Buffer) -> int:
+        """Elements of a row, or of the whole array without rows, with their padding."""
         if buffer.name in self.packed:
-            outputs, inputs = buffer.shape
-            return outputs * pad(inputs) if outputs <= NARROW else inputs * pad(outputs)
+            inputs, outputs, taps = (*_matrix(buffer), 0)[:3]
+            return outputs * pad(inputs) if outputs <= NARROW and not taps else inputs * pad(outputs)
+        if is_image(buffer):
+            c, h, w = buffer.shape
+            return h * w * pad(c)
         return pad(buffer.numel)
 
     def _block(self, rows: str | None, steps: list[Step]) -> int:
@@ -234,7 +257,8 @@ class Lowering:
         else:
             names = {self._name(r.buffer) for s in steps for r in s.call.operands if r is not None}
             each = sum(self._stride(self.buffers[n]) for n in names if self.buffers[n].rows)
-            block = max(LANE, BLOCK_BYTES // max(each, 1))
+            few = 1 if any(is_image(self.buffers[n]) for n in names) else LANE
+            block = max(few, BLOCK_BYTES // max(each, 1))
         return 0 if block >= self.capacity[rows] else block
 
     def _bytes(self, buffer: Buffer) -> int:
@@ -324,9 +348,23 @@ class Lowering:
             return slots * self._step_stride(buffer)
         return self._bytes(buffer)
 
+    def decisions(self, name: str, rows: Tensor) -> Tensor:
+        """Recorded bytes of a mask or index buffer, [rows, stride], as the torch executor has them: bool, or the index h * w of a maximum."""
+        buffer = self.buffers[name]
+        window = self.windows.get(name)
+        if window and window.item_bytes > 1:
+            rows = rows.contiguous().view(torch.int32)
+        if is_image(buffer):
+            c, h, w = buffer.shape
+            rows = rows.view(len(rows), h, w, -1)[..., :c].permute(0, 3, 1, 2).contiguous()
+        else:
+            rows = rows[:, : buffer.numel].reshape(len(rows), *buffer.shape)
+        return window.flat(rows.long()) if window else rows.bool()
+
     # ------------------------------------------------------------------------------------------------- out
     def _words(self) -> list[int]:
-        words = [self.meta_bytes, self.run_bytes]
+        scratch = any(step.call.kernel.startswith(SCRATCH) for _, groups in self.phases for _, steps in groups for step in steps)
+        words = [self.meta_bytes, self.run_bytes, int(scratch)]
         reductions, floats = [], 0
         for r in self.plan.reductions:
             buffer = self.buffers[r.source.buffer]
@@ -355,8 +393,8 @@ class Lowering:
 
     def _port(self, buffer: Buffer) -> list[int]:
         packed = buffer.name in self.packed
-        rows, cols = buffer.shape if packed else (1, buffer.numel)
-        return [self.at[buffer.name][2], int(packed), rows, cols, self._slots(buffer), self._step_stride(buffer)]
+        cols, rows, taps = (*_matrix(buffer), 0)[:3] if packed else (buffer.numel, 1, 0)
+        return [self.at[buffer.name][2], int(packed), rows, cols, taps, self._slots(buffer), self._step_stride(buffer)]
 
     def _weighted(self) -> list[int]:
         """Rows that a batch phase sums over all tasks."""
@@ -392,11 +430,25 @@ class Lowering:
         return any(r.buffer == name for s in phase.segments for i in self.plan.segments[s].instructions for r in i.writes())
 
     def _call(self, call: Native, sums: bool) -> list[int]:
-        words = [self.kernel_ids[call.kernel], int(sums), len(call.operands)]
+        words = [self.kernel_ids[call.kernel], int(sums), call.pixels, len(call.operands)]
         for ref in call.operands:
             words += self._operand(ref)
         numbers = [struct.unpack("<i", struct.pack("<f", n))[0] for n in call.numbers]
         return [*words, len(call.sizes), *call.sizes, len(numbers), *numbers]
+
+
+def _matrix(buffer: Buffer) -> tuple[int, ...]:
+    """Sizes of a packed weight for pack_fwd and unpack_fwd: (in, out), of a convolution (taps * channels, out, taps)."""
+    if len(buffer.shape) == 2:
+        return buffer.shape[1], buffer.shape[0]
+    outputs, inputs, h, w = buffer.shape
+    return inputs * h * w, outputs, h * w
+
+
+def _same_memory(x: Buffer, y: Buffer) -> bool:
+    """Whether a reshape of rows changes nothing but names: an image of one pixel lies as a vector does."""
+    pixels = [b.shape[1] * b.shape[2] if is_image(b) else 1 for b in (x, y)]
+    return pixels == [1, 1] or x.shape == y.shape
 
 
 def rows_capacity(support: int, query: int) -> dict[str, int]:

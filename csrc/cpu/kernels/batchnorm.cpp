@@ -59,9 +59,10 @@ static inline void for_columns(const Call& c, F body) {
     for (int64_t col = s.begin * kLane; col < s.end * kLane; col += VL) body(col);
 }
 
-// How many rows make the statistics, and how many of them lie in this block.
+// How many rows make the statistics, and how many of them lie in this block. (Of an image each pixel is a row.)
 static inline int64_t stat_rows(const Call& c) {
-    return c.sizes[1] == -1 ? c.n_total : c.sizes[1] == -2 ? c.task->n_support : c.sizes[1];
+    const int64_t pixels = c.sizes[2] ? c.sizes[2] : 1;
+    return c.sizes[1] == -1 ? c.n_total : c.sizes[1] == -2 ? c.task->n_support * pixels : c.sizes[1];
 }
 static inline int64_t stat_rows_here(const Call& c) {
     const int64_t left = stat_rows(c) - c.row0;

@@ -62,7 +62,7 @@ using Kernel = void (*)(const Call&);
     K(factored_linear_fwd)   /* a, g, d, b?, y:                    y = a + g d + b */ \
     K(factored_linear_jvp)   /* d?, bt, yt:                        yt = d + bt, row by row */ \
     K(factored_linear_bwd)   /* g, dy, dd:                         dd = g^T dy */ \
-    /* batchnorm over rows: sizes {c, stat rows or 0}, numbers {eps}. xhat = (x - mean) rstd, xhatt its tangent */ \
+    /* batchnorm over rows: sizes {c, stat rows: 0, -1 all, -2 those of the support; pixels of a row}, numbers {eps}. xhat = (x - mean) rstd, xhatt its tangent */ \
     K(batchnorm_stats_fwd)   /* x, mean, rstd:                     rstd = 1 / sqrt(biased variance + eps) */ \
     K(batchnorm_running_fwd) /* running_mean, running_var, mean, rstd */ \
     K(batchnorm_stats_jvp)   /* x, mean, rstd, xt, meant, rstdt:   meant = E[xt], rstdt = -rstd^3 E[(x - mean) xt] */ \
