@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fastmaml.plan.instructions import Buffer, Instruction, Operand
 
@@ -111,6 +112,45 @@ def _smooth(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     return Native(instr.kernel, refs, sizes, tuple(float(attrs[n]) for n in numbers), plain=_buffer(_first(instr), buffers).rows is None)
 
 
+# ------------------------------------------------------------------------------------------------------------------- images
+def _image(ref: Operand, buffers: Buffers, op: str) -> tuple[int, int, int]:
+    shape = _buffer(ref, buffers).shape
+    if len(shape) != 3:
+        raise NotImplementedError(f"{op} over samples of shape {list(shape)} has no native kernel yet")
+    return shape
+
+
+def _pool(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    """Windows: the sizes are those of the image that is pooled, which the reverse writes."""
+    op, _, mode = instr.kernel.partition("_")
+    back, a = mode.startswith("bwd"), instr.attrs
+    image = _image(instr.outputs[0] if back else instr.inputs[0], buffers, op)
+    if op == "maxpool2d":
+        mode, flag = {"fwd": "fwd", "replay": "replay", "jvp": "replay"}.get(mode, "bwd"), wide_index(a)
+    else:
+        mode, flag = "bwd" if back else "fwd", a["count_include_pad"]
+    sizes = (*image, *a["kernel"], *a["stride"], *a["padding"], int(flag))
+    return Native(f"{op}_{mode}", (*instr.inputs, *instr.outputs), sizes)
+
+
+def wide_index(attrs: Mapping[str, Any]) -> bool:
+    """Whether the positions in the windows of a maxpool2d need int32: there are more than a byte can tell apart."""
+    return attrs["kernel"][0] * attrs["kernel"][1] > 256
+
+
+def _global_avgpool2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    mode = "bwd" if "_bwd" in instr.kernel else "fwd"
+    image = _image(instr.outputs[0] if mode == "bwd" else instr.inputs[0], buffers, "global_avgpool2d")
+    return Native(f"global_avgpool2d_{mode}", (*instr.inputs, *instr.outputs), image)
+
+
+def _pad2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    sign = -1 if "_bwd" in instr.kernel else 1  # what was padded is cropped
+    sizes = (*_image(instr.inputs[0], buffers, "pad2d"), *(sign * p for p in instr.attrs["padding"]))
+    return Native("pad2d_fwd", (*instr.inputs, *instr.outputs), sizes)
+
+
+# ------------------------------------------------------------------------------------------------------------------- losses, rows
 def _loss(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     reduction = instr.attrs["reduction"]
     code = {"mean": 0, "sum": 1}.get(reduction, 2)
@@ -250,9 +290,21 @@ def _slice(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
 def _reshape(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     """Rows keep their memory; the lowering makes them aliases where it may, this copies."""
     x, y = instr.inputs[0], instr.outputs[0]
-    if buffers[y.buffer].rows:
+    if not buffers[y.buffer].rows:
+        return Native("copy_fwd", (x, y), (_width(y, buffers),), plain=True)
+    a, b = buffers[x.buffer].shape, buffers[y.buffer].shape
+    if _is_flat(a) and _is_flat(b):
         return Native("copy_rows_fwd", (x, y), (_width(y, buffers),), unpadded=(0, 1))
-    return Native("copy_fwd", (x, y), (_width(y, buffers),), plain=True)
+    if _is_flat(b):
+        return Native("flatten_image_fwd", (x, y), a)
+    if _is_flat(a):
+        return Native("unflatten_image_fwd", (x, y), b, unpadded=(0,))
+    raise NotImplementedError(f"reshape of images {list(a)} to images {list(b)} has no native kernel yet")
+
+
+def _is_flat(shape: tuple[int, ...]) -> bool:
+    """Whether a sample lies in torch's order: an image's channels come last."""
+    return len(shape) != 3 or shape[1] * shape[2] == 1
 
 
 _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
@@ -264,6 +316,10 @@ _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
     "relu": _relu,
     "leaky_relu": _relu,
     **{name: _smooth for name in SMOOTH},
+    "maxpool2d": _pool,
+    "avgpool2d": _pool,
+    "global_avgpool2d": _global_avgpool2d,
+    "pad2d": _pad2d,
     "cross_entropy": _loss,
     "mse": _loss,
     "sgd": _sgd,

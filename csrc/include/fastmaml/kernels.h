@@ -62,6 +62,18 @@ using Kernel = void (*)(const Call&);
     K(batchnorm_bwd_input)   /* x, mean, rstd, gamma?, dy, s1, s2, dx: dx = gamma rstd (dy - [stat row] (s1 + xhat s2) / N) */ \
     K(batchnorm_bwd_stats_jvp) /* x, mean, rstd, dy?, xt?, meant?, rstdt?, dyt?, s1t?, s2t? */ \
     K(batchnorm_bwd_input_jvp) /* x, mean, rstd, gamma?, dy?, s1?, s2?, xt?, meant?, rstdt?, gammat?, dyt?, s1t?, s2t?, dxt */ \
+    /* images: a row is [h][w][channels padded to kLane], the padding zeros. Windows: sizes {c, h, w, kh, kw, sh, sw, ph, pw, flag} of the \
+       larger image x */ \
+    K(maxpool2d_fwd)         /* x, y?, index?: the position i kw + j of the first maximum in its window; flag: int32 instead of bytes */ \
+    K(maxpool2d_replay)      /* x, index, y: also the jvp */ \
+    K(maxpool2d_bwd)         /* dy, index, dx: also the bwd_jvp */ \
+    K(avgpool2d_fwd)         /* x, y; flag: the padding counts. Also the jvp, as for all of the following */ \
+    K(avgpool2d_bwd)         /* dy, dx */ \
+    K(global_avgpool2d_fwd)  /* x, y [c]; sizes {c, h, w} */ \
+    K(global_avgpool2d_bwd)  /* dy, dx */ \
+    K(pad2d_fwd)             /* x, y; sizes {c, h, w, top, bottom, left, right}, negative ones crop: so it is its own reverse */ \
+    K(flatten_image_fwd)     /* x, y [c h w] in torch's order; sizes {c, h, w, 1 if the rows of y are not padded} */ \
+    K(unflatten_image_fwd)   /* x [c h w], rows of any stride, y; sizes {c, h, w} */ \
     /* piecewise linear: numbers {slope}, sizes {c} */ \
     K(relu_fwd)              /* x, y?, mask?:                      mask = x > 0, y = x or slope x */ \
     K(relu_replay)           /* x, mask, y */ \

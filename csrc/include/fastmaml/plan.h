@@ -13,7 +13,7 @@ constexpr int64_t kLane = 16;   // floats; every row stride is a multiple of it,
 constexpr int64_t kPanel = 64;  // columns of a packed weight that lie together
 constexpr int64_t kNarrow = 8;  // weights of so few outputs lie the other way round
 constexpr int kMaxOperands = 16;
-constexpr int kMaxSizes = 8;
+constexpr int kMaxSizes = 16;
 constexpr int kMaxNumbers = 4;
 
 inline int64_t pad_lane(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
