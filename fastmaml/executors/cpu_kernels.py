@@ -10,6 +10,7 @@ from fastmaml.plan.instructions import Buffer, Instruction, Operand
 
 BASES = (None,) * 4  # base, scale, bbase, bscale: where a weight gradient is not added to anything
 SMOOTH = ("tanh", "sigmoid", "exp", "elu", "gelu", "silu", "softplus")
+MAX_NORM_CHANNELS = 8192  # kMaxNormChannels in csrc/cpu/kernels/rownorm.h
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,22 @@ def _batchnorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Nati
     rows = instr.attrs["stat_rows"]
     stat = 0 if rows is None else -1 if rows == extent else -2
     return Native(instr.kernel, (*instr.inputs, *instr.outputs), (_width(x, buffers), stat), (instr.attrs["eps"],))
+
+
+def _rownorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    """layernorm and groupnorm are one kernel: see csrc/cpu/kernels/rownorm.h for slabs, groups and the affine's shape."""
+    op, _, mode = instr.kernel.partition("_")
+    shape, attrs = _buffer(instr.inputs[0], buffers).shape, instr.attrs
+    if len(shape) not in (1, 3):
+        raise NotImplementedError(f"{op} over samples of shape {list(shape)} has no native kernel yet")
+    if shape[0] > MAX_NORM_CHANNELS:
+        raise NotImplementedError(f"{op} over {shape[0]} channels has no native kernel, only over {MAX_NORM_CHANNELS}")
+    c, h, w = (*shape, 1, 1)[:3]
+    slabs, groups, affine = 1, attrs.get("groups", 1), 0
+    if len(shape) == 3 and op == "layernorm":
+        slabs, groups, affine = {1: (h, c, 1), 2: (1, c, 1), 3: (1, 1, 2)}[attrs["dims"]]
+    sizes = (c, h * w // slabs, slabs, groups, affine)
+    return Native(f"layernorm_{mode}", (*instr.inputs, *instr.outputs), sizes, (attrs["eps"],), plain=affine > 0)
 
 
 def _relu(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
@@ -313,6 +330,8 @@ _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
     "factored_linear": _factored,
     "row_sum": _row_sum,
     "batchnorm": _batchnorm,
+    "layernorm": _rownorm,
+    "groupnorm": _rownorm,
     "relu": _relu,
     "leaky_relu": _relu,
     **{name: _smooth for name in SMOOTH},
