@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from fastmaml import _cpu
+from fastmaml.executors.cpu_kernels import native
 from fastmaml.executors.torch_kernels import KERNELS
+from fastmaml.plan.instructions import Buffer, Instruction, Ref
 
 TIERS = _cpu.tiers()
 LANE, PANEL, NARROW = 16, 64, 8  # as in plan.h
+DTYPES = {"mask": torch.uint8, "bytes": torch.uint8, "ints": torch.int32, "label": torch.int64, "double": torch.float64}
 Tensors = list[Tensor | None]
 CHANNELS, ROWS = (1, 7, 16, 63, 65), (1, 5, 23)
 SHAPES = [(n, c) for n in ROWS for c in CHANNELS]
+IMAGES = [(1, 1, 1, 1), (5, 7, 6, 5), (2, 16, 1, 7), (3, 63, 5, 4), (1, 33, 9, 8)]  # n, c, h, w
 worst: dict[str, float] = {}  # kernel -> largest error / allowed error of this run
 
 
@@ -57,28 +61,27 @@ def packed_conv(outputs: int, inputs: int, taps: int) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def pixels(channels: int, *sides: int) -> tuple[Tensor, Tensor]:
-    """Where the elements of a [c, h, w] image lie, and its padding."""
-    at = torch.arange(sides[0] * sides[1]) * pad(channels) + torch.arange(channels)[:, None]
-    rest = torch.ones(sides[0] * sides[1] * pad(channels), dtype=torch.bool)
-    rest[at] = False
-    return at.flatten(), rest.nonzero().flatten()
+def pixels(c: int, h: int, w: int) -> tuple[Tensor, Tensor]:
+    """Where the elements (c, h, w) of an image lie in [h][w][channels padded], and where its padding does."""
+    positions = torch.arange(h * w * pad(c)).view(h, w, pad(c)).permute(2, 0, 1)
+    return positions[:c].flatten(), positions[c:].flatten()
 
 
 class Operand:
     """``value`` None: an output of ``shape``; ``over``: written in place of that operand.
 
     Kinds: rows [n, c] (padded), dense [n, c] (padded, nothing between them), plain [n, c] (the user's array: no
-    padding), mask [n, c], label [n], double [n, m] (padding that nobody reads or writes), vector [...] (an array padded
-    as a whole), packed [out, in] (a weight), conv [out, in, kh, kw] (packed), scalar []; image [n, c, h, w] (rows of pixels, their
-    channels padded).
+    padding), mask [n, c], label [n], double [n, m] (padding that nobody reads or writes), image [n, c, h, w] (channels
+    last, padded), bytes and ints [n, c, h, w] (positions in windows; nobody cares for their padding), vector [...] (an
+    array padded as a whole), packed [out, in] and conv [out, in, kh, kw] (packed weights), scalar
+    [].
     """
 
     def __init__(self, kind: str, value: Tensor | None = None, shape: Sequence[int] = (), over: int | None = None):
         self.kind, self.value, self.over = kind, value, over
         self.shape = tuple(shape if value is None else value.shape)
-        self.dtype = {"mask": torch.uint8, "label": torch.int64, "double": torch.float64}.get(kind, torch.float32)
-        self.by_row = kind in ("rows", "dense", "plain", "mask", "label", "double", "image")
+        self.dtype = DTYPES.get(kind, torch.float32)
+        self.by_row = kind not in ("vector", "packed", "conv", "scalar")
         self.padded = self.width = math.prod(self.shape[1:] if self.by_row else self.shape)
         if kind in ("rows", "dense", "mask", "vector"):
             self.padded = pad(self.width)
@@ -86,10 +89,14 @@ class Operand:
         if kind == "packed":
             self.used, self.rest = packed(*self.shape)
             self.padded = self.width + len(self.rest)
-        elif kind in ("image", "conv"):
-            self.used, self.rest = pixels(*self.shape[1:]) if kind == "image" else packed_conv(*self.shape[:2], math.prod(self.shape[2:]))
+        if kind == "conv":
+            self.used, self.rest = packed_conv(*self.shape[:2], math.prod(self.shape[2:]))
             self.padded = self.width + len(self.rest)
-        gap = LANE if kind in ("rows", "mask", "vector", "packed", "double", "image", "conv") else 0
+        if kind in ("image", "bytes", "ints"):
+            self.used, self.rest = pixels(*self.shape[1:])
+            self.padded = self.width + len(self.rest)
+            self.rest = self.rest if kind == "image" else self.rest[:0]
+        gap = 0 if kind in ("dense", "plain", "label", "scalar") else LANE
         self.stride = self.dtype.itemsize * (self.padded + gap)
         self.bytes: Tensor | None = None
 
@@ -121,6 +128,10 @@ def operand(kind: str, value: Tensor | None) -> Operand | None:
 
 def rows(value: Tensor | None) -> Operand | None:
     return operand("rows", value)
+
+
+def image(value: Tensor | None) -> Operand | None:
+    return operand("image", value)
 
 
 def vector(value: Tensor | None) -> Operand | None:
@@ -246,6 +257,23 @@ class Case:
         for parts, block in ((2, None), (3, list(done)[-1])):
             assert same_bits(self.run(tier, block, parts), done[block]), f"{self.kernel}: {parts} parts change bits"
         return done[None]
+
+
+def lowered(
+    name: str, inputs: Sequence[Operand | None], outputs: Sequence[Operand | None], n: int, attrs: dict
+) -> Case:
+    """The call that an instruction of the Plan becomes, to be held against the function of torch_kernels of its name."""
+    given = {f"b{i}": o for i, o in enumerate((*inputs, *outputs)) if o is not None}
+    names = {id(o): Ref(b) for b, o in given.items()}
+    buffers = {
+        b: Buffer(b, o.shape[1:] if o.by_row else o.shape, rows="joint" if o.by_row else None) for b, o in given.items()
+    }
+    refs = [tuple(None if o is None else names[id(o)] for o in side) for side in (inputs, outputs)]
+    call = native(Instruction(name, *refs, attrs), buffers, "joint")
+    assert call.operands == (*refs[0], *refs[1])
+    case = Case(call.kernel, inputs, outputs, n, list(call.sizes), list(call.numbers), attrs)
+    case.formula = KERNELS[name]
+    return case
 
 
 def same_bits(a: Tensors, b: Tensors) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ BASES = (None,) * 4  # base, scale, bbase, bscale: where a weight gradient is no
 MOST_TAPS, MOST_TAPS_IN_A_ROW = 2048, 96  # of a convolution: what a strip and the weights of a row of taps have room for
 PLANES = "planes"  # kind of an image that lies as the caller has it: [c, h, w], not padded
 SMOOTH = ("tanh", "sigmoid", "exp", "elu", "gelu", "silu", "softplus")
+MAX_NORM_CHANNELS = 8192  # kMaxNormChannels in csrc/cpu/kernels/rownorm.h
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Windows:
 
     @property
     def item_bytes(self) -> int:
-        return 1 if self.kernel[0] * self.kernel[1] <= 256 else 4
+        return 4 if wide_index({"kernel": self.kernel}) else 1
 
     def flat(self, position: Tensor) -> Tensor:
         """[n, c, h, w] positions as indices into the image."""
@@ -174,6 +176,22 @@ def _batchnorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Nati
     return Native(instr.kernel, (*instr.inputs, *instr.outputs), sizes, (instr.attrs["eps"],), pixels=pixels)
 
 
+def _rownorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    """layernorm and groupnorm are one kernel: see csrc/cpu/kernels/rownorm.h for slabs, groups and the affine's shape."""
+    op, _, mode = instr.kernel.partition("_")
+    shape, attrs = _buffer(instr.inputs[0], buffers).shape, instr.attrs
+    if len(shape) not in (1, 3):
+        raise NotImplementedError(f"{op} over samples of shape {list(shape)} has no native kernel yet")
+    if shape[0] > MAX_NORM_CHANNELS:
+        raise NotImplementedError(f"{op} over {shape[0]} channels has no native kernel, only over {MAX_NORM_CHANNELS}")
+    c, h, w = (*shape, 1, 1)[:3]
+    slabs, groups, affine = 1, attrs.get("groups", 1), 0
+    if len(shape) == 3 and op == "layernorm":
+        slabs, groups, affine = {1: (h, c, 1), 2: (1, c, 1), 3: (1, 1, 2)}[attrs["dims"]]
+    sizes = (c, h * w // slabs, slabs, groups, affine)
+    return Native(f"layernorm_{mode}", (*instr.inputs, *instr.outputs), sizes, (attrs["eps"],), plain=affine > 0)
+
+
 def _relu(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     mode = instr.kernel.removeprefix("leaky_").removeprefix("relu_")
     kernel = {"fwd": "relu_fwd", "replay": "relu_replay"}.get(mode, "relu_bwd")
@@ -191,6 +209,45 @@ def _smooth(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     return Native(instr.kernel, refs, sizes, numbers, plain=_buffer(first, buffers).rows is None, pixels=_pixels(first, buffers))
 
 
+# ------------------------------------------------------------------------------------------------------------------- images
+def _image(ref: Operand, buffers: Buffers, op: str) -> tuple[int, int, int]:
+    shape = _buffer(ref, buffers).shape
+    if len(shape) != 3:
+        raise NotImplementedError(f"{op} over samples of shape {list(shape)} has no native kernel yet")
+    return shape
+
+
+def _pool(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    """Windows: the sizes are those of the image that is pooled, which the reverse writes."""
+    op, _, mode = instr.kernel.partition("_")
+    back, a = mode.startswith("bwd"), instr.attrs
+    image = _image(instr.outputs[0] if back else instr.inputs[0], buffers, op)
+    if op == "maxpool2d":
+        mode, flag = {"fwd": "fwd", "replay": "replay", "jvp": "replay"}.get(mode, "bwd"), wide_index(a)
+    else:
+        mode, flag = "bwd" if back else "fwd", a["count_include_pad"]
+    sizes = (*image, *a["kernel"], *a["stride"], *a["padding"], int(flag))
+    return Native(f"{op}_{mode}", (*instr.inputs, *instr.outputs), sizes)
+
+
+def wide_index(attrs: Mapping[str, Any]) -> bool:
+    """Whether the positions in the windows of a maxpool2d need int32: there are more than a byte can tell apart."""
+    return attrs["kernel"][0] * attrs["kernel"][1] > 256
+
+
+def _global_avgpool2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    mode = "bwd" if "_bwd" in instr.kernel else "fwd"
+    image = _image(instr.outputs[0] if mode == "bwd" else instr.inputs[0], buffers, "global_avgpool2d")
+    return Native(f"global_avgpool2d_{mode}", (*instr.inputs, *instr.outputs), image)
+
+
+def _pad2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    sign = -1 if "_bwd" in instr.kernel else 1  # what was padded is cropped
+    sizes = (*_image(instr.inputs[0], buffers, "pad2d"), *(sign * p for p in instr.attrs["padding"]))
+    return Native("pad2d_fwd", (*instr.inputs, *instr.outputs), sizes)
+
+
+# ------------------------------------------------------------------------------------------------------------------- losses, rows
 def _loss(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     reduction = instr.attrs["reduction"]
     code = {"mean": 0, "sum": 1}.get(reduction, 2)
@@ -332,9 +389,21 @@ def _slice(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
 def _reshape(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     """Rows keep their memory; the lowering makes them aliases where it may, this copies."""
     x, y = instr.inputs[0], instr.outputs[0]
-    if buffers[y.buffer].rows:
+    if not buffers[y.buffer].rows:
+        return Native("copy_fwd", (x, y), (_width(y, buffers),), plain=True)
+    a, b = buffers[x.buffer].shape, buffers[y.buffer].shape
+    if is_flat(a) and is_flat(b):
         return Native("copy_rows_fwd", (x, y), (_width(y, buffers),), unpadded=(0, 1))
-    return Native("copy_fwd", (x, y), (_width(y, buffers),), plain=True)
+    if is_flat(b):
+        return Native("flatten_image_fwd", (x, y), a)
+    if is_flat(a):
+        return Native("unflatten_image_fwd", (x, y), b, unpadded=(0,))
+    return Native("reshape_image_fwd", (x, y), (*a, *b))
+
+
+def is_flat(shape: tuple[int, ...]) -> bool:
+    """Whether a sample lies in torch's order: an image's channels come last."""
+    return len(shape) != 3 or shape[1] * shape[2] == 1
 
 
 _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
@@ -344,9 +413,15 @@ _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
     "factored_linear": _factored,
     "row_sum": _row_sum,
     "batchnorm": _batchnorm,
+    "layernorm": _rownorm,
+    "groupnorm": _rownorm,
     "relu": _relu,
     "leaky_relu": _relu,
     **{name: _smooth for name in SMOOTH},
+    "maxpool2d": _pool,
+    "avgpool2d": _pool,
+    "global_avgpool2d": _global_avgpool2d,
+    "pad2d": _pad2d,
     "cross_entropy": _loss,
     "mse": _loss,
     "sgd": _sgd,

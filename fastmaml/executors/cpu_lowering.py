@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.executors.cpu_fusion import DEEP, Fusion, Step
-from fastmaml.executors.cpu_kernels import LANE, PLANES, Native, is_image, native, same_layout, windows
+from fastmaml.executors.cpu_kernels import LANE, PLANES, Native, is_flat, is_image, native, same_layout, windows
 from fastmaml.plan.instructions import Buffer, Group, Instruction, Phase, Plan, Ref
 from fastmaml.plan.memory import arena_layout
 
@@ -76,7 +76,7 @@ class Lowering:
             x, y = self.buffers[instr.inputs[0].buffer], self.buffers[instr.outputs[0].buffer]
             once = writers[y.name] == 1 and writers.get(x.name, 0) <= 1
             callers = self._outside(self.buffers[self._name(x.name)])
-            if x.rows and once and x.steps == y.steps and y.name not in self.plan.results and (callers or _same_memory(x, y)):
+            if x.rows and once and x.steps == y.steps and y.name not in self.plan.results and (callers or x.shape == y.shape or (is_flat(x.shape) and is_flat(y.shape))):
                 self.alias[y.name] = x.name
                 if callers and is_image(y):
                     self.buffers[y.name] = replace(y, kind=PLANES)
@@ -443,12 +443,6 @@ def _matrix(buffer: Buffer) -> tuple[int, ...]:
         return buffer.shape[1], buffer.shape[0]
     outputs, inputs, h, w = buffer.shape
     return inputs * h * w, outputs, h * w
-
-
-def _same_memory(x: Buffer, y: Buffer) -> bool:
-    """Whether a reshape of rows changes nothing but names: an image of one pixel lies as a vector does."""
-    pixels = [b.shape[1] * b.shape[2] if is_image(b) else 1 for b in (x, y)]
-    return pixels == [1, 1] or x.shape == y.shape
 
 
 def rows_capacity(support: int, query: int) -> dict[str, int]:

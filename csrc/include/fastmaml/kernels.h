@@ -72,6 +72,28 @@ using Kernel = void (*)(const Call&);
     K(batchnorm_bwd_input)   /* x, mean, rstd, gamma?, dy, s1, s2, dx: dx = gamma rstd (dy - [stat row] (s1 + xhat s2) / N) */ \
     K(batchnorm_bwd_stats_jvp) /* x, mean, rstd, dy?, xt?, meant?, rstdt?, dyt?, s1t?, s2t? */ \
     K(batchnorm_bwd_input_jvp) /* x, mean, rstd, gamma?, dy?, s1?, s2?, xt?, meant?, rstdt?, gammat?, dyt?, s1t?, s2t?, dxt */ \
+    /* layernorm and groupnorm, statistics within a row: sizes {c, pixels, slabs, groups, affine}, numbers {eps}; a row is `slabs` images \
+       [pixels][c padded], a set of statistics a group of channels in one of them; gamma is 0 [c], 1 [pixels], 2 [c, pixels]. \
+       xhatt = rstd (xt - E[xt] - xhat E[xt xhat]), h = gamma dy, ht = gamma dyt + gammat dy */ \
+    K(layernorm_fwd)         /* x, gamma?, beta?, y:               y = gamma xhat + beta */ \
+    K(layernorm_jvp)         /* x, gamma?, xt?, gammat?, betat?, yt: yt = gamma xhatt + gammat xhat + betat */ \
+    K(layernorm_bwd_input)   /* x, gamma?, dy, dx:                 dx = rstd (h - E[h] - xhat E[h xhat]) */ \
+    K(layernorm_bwd_input_jvp) /* x, gamma?, dy?, xt?, gammat?, dyt?, dxt: its tangent */ \
+    K(layernorm_bwd_weight)  /* x, dy, dgamma?, dbeta?:            sums of dy xhat and of dy */ \
+    K(layernorm_bwd_weight_jvp) /* x, dy?, xt?, dyt?, dgammat?, dbetat?: sums of dyt xhat + dy xhatt and of dyt */ \
+    /* images: a row is [h][w][channels padded to kLane], the padding zeros. Windows: sizes {c, h, w, kh, kw, sh, sw, ph, pw, flag} of the \
+       larger image x */ \
+    K(maxpool2d_fwd)         /* x, y?, index?: the position i kw + j of the first maximum in its window; flag: int32 instead of bytes */ \
+    K(maxpool2d_replay)      /* x, index, y: also the jvp */ \
+    K(maxpool2d_bwd)         /* dy, index, dx: also the bwd_jvp */ \
+    K(avgpool2d_fwd)         /* x, y; flag: the padding counts. Also the jvp, as for all of the following */ \
+    K(avgpool2d_bwd)         /* dy, dx */ \
+    K(global_avgpool2d_fwd)  /* x, y [c]; sizes {c, h, w} */ \
+    K(global_avgpool2d_bwd)  /* dy, dx */ \
+    K(pad2d_fwd)             /* x, y; sizes {c, h, w, top, bottom, left, right}, negative ones crop: so it is its own reverse */ \
+    K(flatten_image_fwd)     /* x, y [c h w] in torch's order; sizes {c, h, w, 1 if the rows of y are not padded} */ \
+    K(unflatten_image_fwd)   /* x [c h w], rows of any stride, y; sizes {c, h, w} */ \
+    K(reshape_image_fwd)     /* x, y: another image of the same elements in torch's order; sizes {c, h, w of x, of y} */ \
     /* piecewise linear: numbers {slope}, sizes {c} */ \
     K(relu_fwd)              /* x, y?, mask?:                      mask = x > 0, y = x or slope x */ \
     K(relu_replay)           /* x, mask, y */ \
