@@ -187,8 +187,11 @@ def test_every_native_kernel_is_reached_by_some_plan() -> None:
 SHARED = {  # kernels that are no op's own: where they live
     "activations": ("tanh", "sigmoid", "exp", "elu", "gelu", "silu", "softplus"),
     "factored_linear": ("gram", "factored_linear"),
+    "avgpool2d": ("global_avgpool2d",),
+    "layernorm": ("groupnorm",),
     "linear": ("row_sum",),
     "relu": ("leaky_relu",),
+    "reshape": ("flatten_image", "unflatten_image"),
 }
 
 

@@ -34,7 +34,7 @@ struct Norm {  // sizes {c, pixels, slabs, groups, affine kind}, numbers {eps}
 };
 
 struct PerChannel {
-    alignas(64) float v[kMaxNormChannels];
+    alignas(64) float v[kMaxNormChannels + 272];  // no power of two: side by side, they must not share cache sets
     vec at(int64_t l) const { return load(v + l); }
     void set(int64_t l, vec x) { store(v + l, x); }
 };

@@ -21,6 +21,7 @@ struct Sums {
 template <class F>
 static inline Sums sum_terms(int64_t n, F add) {
     Sums total = {vec{}, vec{}};
+    if (n == 1) return add(0, total.a, total.b), total;  // vectors, as images of one pixel
     for (int64_t begin = 0; begin < n; begin += 128) {
         const int64_t end = n < begin + 128 ? n : begin + 128;
         vec a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
