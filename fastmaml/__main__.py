@@ -35,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_commands(parser)
     parsed = parser.parse_args(arguments)
     if parsed.command is not None:
-        return parsed.run(parsed)
+        try:
+            return parsed.run(parsed)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
     for name, text in report():
         print(f"{name:<12} {text}")
     return 0

@@ -176,7 +176,9 @@ def _train(arguments: argparse.Namespace) -> int:
     where = f" on the {trainer.maml.executor!r} executor" if trainer.maml.executor else ""
     left_out = f"; {trainer.not_finite} tasks left out" if trainer.not_finite else ""
     result = trainer.latest() or "too few for a row of the log"
-    print(f"{trainer.iteration} iterations in {trainer.seconds:.0f} s{where}: {result}{left_out}")
+    print(
+        f"{trainer.iteration} iteration{'s' if trainer.iteration != 1 else ''} in {trainer.seconds:.0f} s{where}: {result}{left_out}"
+    )
     print(f"{out}/ has checkpoint.safetensors, log.csv, curve.png")
     if trainer.stopped:
         print(
@@ -193,9 +195,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         result = evaluate(a.checkpoint, tasks=a.tasks, steps=a.steps, split=a.split, seed=a.seed, data=a.data, bar=True)
     except (*WRONG, PermissionError) as error:
         arguments.parser.error(str(error))
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    except OSError as error:
+        print(f"the evaluation cannot be written: {error}", file=sys.stderr)
+        return 1
     folder = a.checkpoint if a.checkpoint.is_dir() else a.checkpoint.parent
     print(result.table())
     print(f"{folder}/ has evaluation.csv, evaluation.png")

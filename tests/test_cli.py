@@ -148,13 +148,12 @@ def test_the_console_script():
 
 
 def test_as_a_module(tmp_path):
-    command = [sys.executable, "-m", "fastmaml", "train", "sinusoid", *SMALL, "--out", "run"]
-    package = Path(__file__).parent.parent
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**__import__("os").environ, "PYTHONPATH": str(package)},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "fastmaml", "train", "sinusoid", *SMALL, "--out", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr and (tmp_path / "run" / "curve.png").exists()
+
+
+def test_interrupted_before_training(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastmaml.cli.Trainer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, said, errors = run(capsys, "train", "sinusoid", "--out", tmp_path / "run")
+    assert (code, said, errors) == (130, "", "stopped\n")
