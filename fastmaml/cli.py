@@ -57,7 +57,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "omniglot": "handwritten characters, read from files you have",
     }
     for task in DEFAULTS:
-        _train_arguments(kinds.add_parser(task, help=about[task], description=f"Train on {task}: {about[task]}."), task)
+        usage = f"{parser.prog} train {task} [options]"  # all of them would hide the error they stand above
+        text = f"Train on {task}: {about[task]}."
+        _train_arguments(kinds.add_parser(task, help=about[task], description=text, usage=usage), task)
 
     again = commands.add_parser(
         "evaluate",
@@ -72,7 +74,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--steps", type=at_least(0), default=10, metavar="N", help="most inner steps (default %(default)s)"
     )
     again.add_argument("--split", choices=ALL_SPLITS, default="test", help="default %(default)s")
-    again.add_argument("--seed", type=at_least(0), metavar="N", help="of the tasks (default: the run's and two)")
+    again.add_argument("--seed", type=at_least(0), metavar="N", help="of the tasks (default: that of the run, plus 2)")
     again.add_argument("--data", metavar="PATH", help="where Omniglot lies, if not where it was in training")
     again.set_defaults(run=_evaluate, parser=again)
 
@@ -81,9 +83,8 @@ def _train_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     default = DEFAULTS[task]
 
     def add(name: str, text: str, **options: object) -> None:
-        parser.add_argument(
-            f"--{name}", default=argparse.SUPPRESS, help=text, **options
-        )  # what is not given stays away
+        # Suppressed: what is not given does not appear, so that --resume knows
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **options)
 
     def number(name: str, least: int, text: str, value: int) -> None:
         add(name, f"{text} (default {value})", type=at_least(least), metavar="N")
@@ -132,8 +133,7 @@ def _train_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     parser.set_defaults(run=_train, parser=parser)
 
 
-# what argparse puts beside the settings
-OTHERS = ("command", "run", "parser", "task", "out", "resume")
+OTHERS = ("command", "run", "parser", "task", "out", "resume")  # what argparse puts beside the settings
 
 
 def _train(arguments: argparse.Namespace) -> int:

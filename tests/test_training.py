@@ -112,6 +112,24 @@ def test_a_finished_run_can_be_prolonged(tmp_path):
         Trainer.resume(tmp_path / "short", lr=0.5)
 
 
+def test_other_data_is_another_run(data, tmp_path):
+    Trainer(omniglot(data, iterations=1), tmp_path / "run").run()
+    (tmp_path / "copy").mkdir()
+    archive = (data / f"{SUBSET}.zip").read_bytes()
+    (tmp_path / "copy" / f"{SUBSET}.zip").write_bytes(archive)
+    assert Trainer.resume(tmp_path / "run", data=tmp_path / "copy").settings.data == str(tmp_path / "copy")
+    write_zip(tmp_path / "copy" / f"{SUBSET}.zip", members(alphabets=dict.fromkeys("ABCDE", 15)))
+    with pytest.raises(ValueError, match="the tasks are no longer those that the run in"):
+        Trainer.resume(tmp_path / "run", data=tmp_path / "copy")
+
+
+@pytest.mark.parametrize("backend", ["torch", "autograd"])
+def test_other_backends(backend, data, tmp_path):
+    trainer = Trainer(omniglot(data, iterations=1, backend=backend), tmp_path)
+    trainer.run()
+    assert trainer.maml.executor == backend
+
+
 def test_a_step_that_raises_changes_nothing(tmp_path, monkeypatch):
     trainer = Trainer(sinusoid(), tmp_path)
     trainer.step()

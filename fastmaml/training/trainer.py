@@ -6,6 +6,7 @@ log and the sums since its last row. log.csv and curve.png are written from it.
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import threading
 import time
@@ -74,14 +75,11 @@ class Trainer:
                 self.unseen = settings.unseen_source().sample(settings.validation)
             except ValueError as error:
                 raise ValueError(f"{error} (validation=0 trains without a curve of unseen classes)") from None
-        self.maml.plan(self.source.sample(generator=torch.Generator()))  # a backend that cannot run it says so now
-        self.iteration, self.every, self.log, self.seconds, self.stopped = (
-            0,
-            -(-settings.iterations // ROWS),
-            [],
-            0.0,
-            0,
-        )
+        sample = self.source.sample(generator=torch.Generator().manual_seed(0))
+        self.maml.plan(sample)  # a backend that cannot run it says so now
+        self._digest = hashlib.sha256(b"".join(x.numpy().tobytes() for x in sample.stored())).hexdigest()
+        self.iteration, self.stopped, self.seconds = 0, 0, 0.0
+        self.every, self.log = -(-settings.iterations // ROWS), []
         self._sums = dict(count=0, loss=0.0, accuracy=0.0, not_finite=0)
 
     # ------------------------------------------------------------------------------------------------- training
@@ -174,7 +172,8 @@ class Trainer:
             tensors.update({f"optimizer.{name}.{key}": value for key, value in self.optimizer.state.get(p, {}).items()})
         tensors["generator"] = self.source.generator.get_state()
         facts = dict(settings=asdict(self.settings), iteration=self.iteration, every=self.every, log=self.log)
-        checkpoint.save(self.out / checkpoint.NAME, tensors, {**facts, "sums": self._sums, "seconds": self.seconds})
+        facts.update(sums=self._sums, seconds=self.seconds, digest=self._digest)
+        checkpoint.save(self.out / checkpoint.NAME, tensors, facts)
         write_csv(self.out / "log.csv", COLUMNS, self.log)
         if picture:
             draw_curve(self.out / "curve.png", self.settings, self.log, UNSEEN[self.settings.task])
@@ -205,6 +204,11 @@ class Trainer:
             self.log, self._sums = [{name: row[name] for name in COLUMNS} for row in facts["log"]], dict(facts["sums"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} does not hold what a run needs to go on: {error}") from None
+        if facts.get("digest") != self._digest:
+            raise ValueError(
+                f"the tasks are no longer those that the run in {self.out} began with: other data, or another version of"
+                " the library that draws or resizes the images. It cannot go on as the same run"
+            )
         if self.iteration > self.settings.iterations:
             raise ValueError(
                 f"iterations={self.settings.iterations}: the run in {self.out} has done {self.iteration} already"
