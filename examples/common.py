@@ -9,21 +9,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")  # no window
-import torch
-from matplotlib.figure import Figure
+from fastmaml.cli import at_least
+from fastmaml.training.evaluate import mean_and_interval
+from fastmaml.training.pictures import save_figure as save
+
+__all__ = ["OUT", "at_least", "check_folder", "mean_and_interval", "parse_arguments", "save", "shown"]
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "demo"
-
-
-def at_least(minimum: int):
-    """The type of an argument: an integer of at least ``minimum``."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {minimum}")
-        return int(text)
-
-    return parse
 
 
 def parse_arguments(description: str, iterations: int) -> argparse.Namespace:
@@ -46,24 +38,7 @@ def check_folder(out: Path, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--out {out}: cannot be written")
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """To a temporary name, then renamed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(part, format="png", dpi=150)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
 def shown(path: Path) -> str:
     """As short as can be from here."""
     path = path.resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def mean_and_interval(per_task: torch.Tensor) -> tuple[float, float]:
-    """Mean over tasks, and half the width of its 95 % interval."""
-    per_task = per_task.double()
-    return float(per_task.mean()), 1.96 * float(per_task.std(correction=1)) / len(per_task) ** 0.5

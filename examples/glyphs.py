@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tqdm import trange
 
 import fastmaml
-from fastmaml.tasks.glyphs import nearest_neighbour
+from fastmaml.tasks.episodes import nearest_neighbour
 
 ITERATIONS = 2000
 INNER_LR = 0.1

@@ -1,16 +1,21 @@
-"""python -m fastmaml: what was built, what is active, which backends are there and why the others are not."""
+"""python -m fastmaml: what was built, what is active, which backends are there and why the others are not.
+
+With a command it trains or evaluates: `python -m fastmaml train ...` and `fastmaml train ...` are the same (cli.py).
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 import fastmaml
-from fastmaml import machine
+from fastmaml import cli, machine
 from fastmaml.executors import BACKENDS, NOT_YET
 from fastmaml.executors import cpu as cpu_executor
 
@@ -23,9 +28,18 @@ RUNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastmaml", description=__doc__.partition(": ")[2])
+    prog = "fastmaml" if Path(sys.argv[0]).stem == "fastmaml" else "python -m fastmaml"
+    about = "Trains and evaluates; without a command it says " + __doc__.partition(": ")[2].partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=prog, description=about)
     parser.add_argument("--version", action="version", version=f"fastmaml {fastmaml.__version__}")
-    parser.parse_args(arguments)
+    cli.add_commands(parser)
+    parsed = parser.parse_args(arguments)
+    if parsed.command is not None:
+        try:
+            return parsed.run(parsed)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
     for name, text in report():
         print(f"{name:<12} {text}")
     return 0

@@ -27,7 +27,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom to the top. A module imports from its own room and from the rooms below it.
 ROOMS = (
     {"program", "batch"},
-    {"nn", "_trace", "trace", "tasks", "machine", "options", "watch"},
+    {"nn", "_trace", "trace", "files", "tasks", "machine", "options", "watch"},
     {"plan", "parameterisation", "rates"},
     {"executors"},
     {"autograd", "adapted", "engine", "output", "plain_loop", "state"},

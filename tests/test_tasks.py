@@ -10,7 +10,8 @@ import torch
 
 from fastmaml.tasks import Glyphs, Sinusoid
 from fastmaml.tasks import glyphs as module
-from fastmaml.tasks.glyphs import FACES, load_bank, nearest_neighbour
+from fastmaml.tasks.episodes import nearest_neighbour
+from fastmaml.tasks.glyphs import FACES, load_bank
 
 
 @pytest.fixture(scope="session")

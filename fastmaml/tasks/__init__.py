@@ -5,6 +5,7 @@ Sources are seeded, draw on the CPU, and give the same numbers for any thread co
 """
 
 from fastmaml.tasks.glyphs import Glyphs
+from fastmaml.tasks.omniglot import Omniglot
 from fastmaml.tasks.sinusoid import Sinusoid
 
-__all__ = ["Glyphs", "Sinusoid"]
+__all__ = ["Glyphs", "Omniglot", "Sinusoid"]

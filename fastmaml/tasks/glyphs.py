@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import unicodedata
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmaml.batch import TaskBatch, check_count
+from fastmaml.batch import check_count
+from fastmaml.tasks.cache import cache_path, cached
+from fastmaml.tasks.episodes import Episodes
 
 ALPHABETS = {"train": ("LATIN", "GREEK", "CYRILLIC"), "test": ("GEORGIAN", "ARMENIAN")}  # first words of Unicode names
 FACES = (  # the first one decides which letters coincide; the order decides which numbers a seed gives
@@ -44,7 +43,7 @@ MIN_SIZE, MAX_SIZE = 12, 128
 FORMAT = 1  # part of the cache's file name: raise it when the rendering below changes
 
 
-class Glyphs:
+class Glyphs(Episodes):
     """Endless source of letter classification tasks, `TaskBatch` with
 
     support_x [tasks, ways * shots, 1, size, size], query_x [tasks, ways * queries, 1, size, size]: float32, 0 paper to
@@ -71,13 +70,11 @@ class Glyphs:
     ) -> None:
         if split not in ALPHABETS:
             raise ValueError(f"split={split!r}: expected one of {', '.join(map(repr, ALPHABETS))}")
-        self.split, self.jitter, self.flatten = split, jitter, flatten
-        self.ways, self.shots = check_count("ways", ways), check_count("shots", shots)
-        self.queries, self.tasks = check_count("queries", queries), check_count("tasks", tasks)
+        super().__init__(ways, shots, queries, tasks, seed, flatten)
+        self.split, self.jitter = split, jitter
         self.size = check_count("size", size, MIN_SIZE)
         if size > MAX_SIZE:
             raise ValueError(f"size={size}: expected at most {MAX_SIZE}")
-        self.generator = torch.Generator().manual_seed(check_count("seed", seed, minimum=0))
 
         bank = load_bank(self.size, cache_dir)
         alphabet = [_alphabet(code) for code in bank.codes.tolist()]
@@ -85,79 +82,17 @@ class Glyphs:
         self.classes = tuple(chr(bank.codes[c]) for c in mine)
         self.alphabets = tuple(alphabet[c].title() for c in mine)  # of each class
         self.faces = FACES
-        self._images = torch.from_numpy(bank.images)  # uint8 [rows, size, size], both splits
-        self._rows = torch.from_numpy(
-            bank.rows[mine]
-        ).long()  # [classes, faces]: row of _images, -1 where there is none
-        self._has_face = self._rows >= 0
-        self._group = torch.from_numpy(bank.groups[mine]).unique(return_inverse=True)[1]  # [classes], near duplicates
-        self._members = self._group.argsort(stable=True)  # classes, group after group
-        self._group_size = self._group.bincount()
-        self._group_start = self._group_size.cumsum(0) - self._group_size
-        if self.ways > len(self._group_size):
+        rows = torch.from_numpy(bank.rows[mine]).long()  # [classes, faces]: row of images, -1 where there is none
+        groups = self._fill(torch.from_numpy(bank.images), rows, torch.from_numpy(bank.groups[mine]))
+        if self.ways > groups:
             raise ValueError(
                 f"ways={ways}: split {split!r} has {len(self.classes)} classes, of which at most"
-                f" {len(self._group_size)} meet in one task (near duplicates never do)"
+                f" {groups} meet in one task (near duplicates never do)"
             )
 
-    def sample(
-        self, tasks: int | None = None, generator: torch.Generator | None = None, *, return_classes: bool = False
-    ) -> TaskBatch | tuple[TaskBatch, Tensor]:
-        """One meta-batch from the source's own stream, or from `generator` (on the CPU).
-
-        With return_classes: (batch, index into `classes` int64 [tasks, ways]).
-        """
-        tasks = self.tasks if tasks is None else check_count("tasks", tasks)
-        generator = self.generator if generator is None else generator
-        ways, shots, queries, size = self.ways, self.shots, self.queries, self.size
-
-        group = (
-            torch.rand(tasks, len(self._group_size), generator=generator).topk(ways).indices
-        )  # [tasks, ways], distinct
-        member = torch.randint(1 << 30, (tasks, ways), generator=generator) % self._group_size[group]
-        classes = self._members[self._group_start[group] + member]  # [tasks, ways]
-
-        # Faces in random order, those the class has first; support takes from the front, query from the rest. A class
-        # with fewer faces than examples repeats some, but never one face on both sides.
-        order = torch.rand(tasks, ways, len(FACES), generator=generator)
-        order = order.masked_fill_(~self._has_face[classes], -1.0).argsort(descending=True)
-        have = self._has_face[classes].sum(-1, keepdim=True)  # [tasks, ways, 1]
-        share = (have * shots // (shots + queries)).clamp(min=1)
-        front = torch.where(have >= shots + queries, shots, torch.minimum(share, have - 1))
-        place_support = torch.arange(shots) % front
-        place_query = front + torch.arange(queries) % (have - front)
-        rows = self._rows[classes]
-        support = rows.gather(2, order.gather(2, place_support)).flatten()
-        query = rows.gather(2, order.gather(2, place_query)).flatten()
-
-        images = self._images[torch.cat([support, query])].float().mul_(1 / 255)  # [n, size, size]
-        if self.jitter:
-            images = _jitter(images, generator)
-        shape = (size * size,) if self.flatten else (1, size, size)
-        x_support, x_query = images.view(-1, *shape).split([len(support), len(query)])
-        label = torch.arange(ways)
-        batch = TaskBatch.from_tensors(
-            x_support.view(tasks, ways * shots, *shape),
-            label.repeat_interleave(shots).repeat(tasks, 1),
-            x_query.view(tasks, ways * queries, *shape),
-            label.repeat_interleave(queries).repeat(tasks, 1),
-        )
-        return (batch, classes) if return_classes else batch
-
-    def __iter__(self) -> Iterator[TaskBatch]:
-        """Endless; goes on where the source's stream stands."""
-        while True:
-            yield self.sample()
-
-
-def nearest_neighbour(batch: TaskBatch) -> float:
-    """Accuracy of the label of the nearest support image (Euclidean distance of pixels): what no learning achieves."""
-    right = total = 0
-    for support_x, support_y, query_x, query_y in batch:
-        nearest = torch.cdist(query_x.flatten(1), support_x.flatten(1)).argmin(1)
-        right += int((support_y[nearest] == query_y).sum())
-        total += len(query_y)
-    return right / total
+    def _draw(self, rows: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
+        images = self._images[rows].float().mul_(1 / 255)
+        return _jitter(images, generator) if self.jitter else images
 
 
 def _jitter(images: Tensor, generator: torch.Generator, degrees: float = 12.0, shift: float = 2 / 28) -> Tensor:
@@ -189,29 +124,8 @@ class Bank(NamedTuple):
 def load_bank(size: int, cache_dir: str | os.PathLike | None = None) -> Bank:
     """The bank from its cache file, or rendered and then cached. A file that does not read well is rendered anew."""
     matplotlib = _matplotlib()
-    path = _cache_path(f"glyphs-{FORMAT}-matplotlib-{matplotlib.__version__}-{size}.npz", cache_dir)
-    if path is not None:
-        try:
-            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                return _checked(Bank(*(file[name] for name in Bank._fields)), size)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except Exception as error:  # zipfile, zlib and numpy raise all kinds on a damaged file
-            warnings.warn(f"the glyph cache {path} cannot be read and is rebuilt: {error}", stacklevel=3)
-    bank = render_bank(size)
-    if path is not None:
-        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(part, "xb") as file:
-                    np.savez_compressed(file, **bank._asdict())
-                os.replace(part, path)  # other processes see the whole file or none
-            finally:
-                part.unlink(missing_ok=True)
-        except OSError:
-            pass  # no cache, then: the next process renders again
-    return bank
+    path = cache_path(f"glyphs-{FORMAT}-matplotlib-{matplotlib.__version__}-{size}.npz", cache_dir)
+    return cached(path, Bank, lambda bank: _checked(bank, size), lambda: render_bank(size))
 
 
 def render_bank(size: int) -> Bank:
@@ -312,16 +226,6 @@ def _checked(bank: Bank, size: int) -> Bank:
     if not good:
         raise ValueError("its arrays have unexpected shapes, types or values")
     return bank
-
-
-def _cache_path(name: str, cache_dir: str | os.PathLike | None) -> Path | None:
-    try:
-        if cache_dir is not None:
-            return Path(cache_dir).expanduser() / name
-        base = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored where it is not absolute, says its specification
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastmaml" / name
-    except RuntimeError:  # no home folder
-        return None
 
 
 def _matplotlib():
