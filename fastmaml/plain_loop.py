@@ -30,6 +30,9 @@ class PlainLoop:
         self.dtype = next(iter(self.parameters.values())).dtype
         self.support_rows: int | None = None  # while query rows run behind support rows
         for norm in self.model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.weight is None and norm.bias is not None:
+                del norm._parameters["weight"]  # torch's double backward fails for a beta without a gamma
+                norm.weight = torch.ones_like(norm.bias)
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and maml.batchnorm:
                 norm.train(maml.batchnorm != "running")
                 if maml.batchnorm == "support":
