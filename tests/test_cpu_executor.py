@@ -248,6 +248,20 @@ def test_teams_give_the_same_bits(name: str, tasks: int) -> None:
         same(results[0], other)
 
 
+@pytest.mark.parametrize("steps", [1, 11])
+def test_nothing_is_laid_out_that_no_call_touches(steps: int) -> None:
+    """A weight gradient that is added where it belongs as it is made has no place of its own."""
+    maml = fastmaml.MAML(nets.OmniglotFC(5), inner_lr=0.01, inner_steps=steps, backend="cpu")
+    x, y = torch.randn(2, 5, 1, 28, 28), torch.arange(5).expand(2, -1)
+    plan = maml.plan((x, y, x, y))
+    low = CpuExecutor(plan).prepared(5, 5).lowering
+    touched = {low._name(ref.buffer) for _, groups in low.phases for _, steps in groups for s in steps for ref in s.call.operands if ref is not None}
+    touched |= {name for r in plan.reductions for name in (r.source.buffer, r.target)} | {*plan.inputs, *plan.results}
+    assert set(low.at) <= touched
+    gradients = {n for n, b in plan.buffers.items() if b.home == "scratch" and len(b.shape) == 2 and not b.rows}
+    assert gradients and not gradients & set(low.at)
+
+
 @pytest.mark.parametrize("block_rows", [1, 4])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_blocks_of_rows(option: str, block_rows: int) -> None:

@@ -287,17 +287,17 @@ class Lowering:
                 skipped = 1 if buffer.first else 0  # slot 0 lies in another buffer
                 self.at[name] = (HOMES[buffer.home], 0, size[buffer.home] - skipped * pad(self._bytes(buffer), ALIGN))
                 size[buffer.home] += (self._slots(buffer) - skipped) * pad(self._bytes(buffer), ALIGN)
-        arena = replace(self.plan, buffers={**self.plan.buffers, **{n: self.buffers[n] for n in self.plan.buffers}}, segments=self._aliased())
+        arena = replace(self.plan, buffers={**self.plan.buffers, **{n: self.buffers[n] for n in self.plan.buffers}}, segments=self._aliased(used))
         offsets, arena_bytes = arena_layout(arena, self._bytes, ALIGN)
         for name, offset in offsets.items():
             self.at[name] = (HOMES["run"], 0, size["run"] + offset)
         self.meta_bytes, self.run_bytes = pad(size["meta"], ALIGN), pad(size["run"] + arena_bytes, ALIGN)
 
-    def _aliased(self) -> Mapping[str, object]:
-        """The Plan's segments under the names that own memory."""
+    def _aliased(self, used: set[str]) -> Mapping[str, object]:
+        """The Plan's segments under the names that own memory, without what no call touches (fused away)."""
 
         def rename(refs):
-            return tuple(None if r is None else Ref(self._name(r.buffer), r.shift) for r in refs)
+            return tuple(Ref(name, r.shift) if r and (name := self._name(r.buffer)) in used else None for r in refs)
 
         return {
             name: replace(

@@ -217,17 +217,19 @@ def _batchnorm() -> Rule:
         return {"eps": op.attrs["eps"], "stat_rows": rows}
 
     def stats(p: Pass, op: Op) -> tuple[Ref, Ref]:
-        return p.saved[op.output, "mean"], p.saved[op.output, "rstd"]
-
-    def fwd(p: Pass, op: Op) -> None:
-        x, gamma, beta, running_mean, running_var = _values(p, op)
+        """Made where they are first asked for: by the jvp, where the output itself is given."""
         if (op.output, "mean") not in p.saved:
+            x, _, _, running_mean, running_var = _values(p, op)
             channels = p.program.values[op.output].shape[:1]
             out = (p.save(op, "mean", channels, False), p.save(op, "rstd", channels, False))
             if op.attrs["statistics"] == "running":
                 p.emit("batchnorm_running_fwd", (running_mean, running_var), out, **attrs(p, op))
             else:
                 p.emit("batchnorm_stats_fwd", (x,), out, **attrs(p, op))
+        return p.saved[op.output, "mean"], p.saved[op.output, "rstd"]
+
+    def fwd(p: Pass, op: Op) -> None:
+        x, gamma, beta, *_ = _values(p, op)
         p.emit("batchnorm_fwd", (x, *stats(p, op), gamma, beta), (p.value[op.output],), **attrs(p, op))
 
     def jvp(p: Pass, op: Op) -> Operand:

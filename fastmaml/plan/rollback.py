@@ -6,11 +6,14 @@ delta_k [n_support, out] is kept per step, instead of theta_k [out, in]; so is x
 is rolled back. (Made from rolled back weights, an error of x_k would come back in those of step k - 1, larger: going back, gradient descent diverges.)
 What is left is the rounding of the update and of its undoing, as any float32 trajectory has it at every step. It costs one product per layer and step
 back, so a few steps are still kept whole.
+
+With weights out of the way, what else is kept per step shows: statistics of batch norm over vectors are made again from their x, and the mask of a ReLU
+whose output is a kept x is read off it (y > 0). Other masks are kept: made again from a rounded x, one might come out otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from fastmaml.plan.arrangement import Arrangement
 from fastmaml.plan.instructions import Ref
@@ -50,6 +53,17 @@ def inputs_to_keep(program: Program, layers: Mapping[int, Op]) -> set[int]:
         if op in layers.values() or any(v in tainted for v in op.inputs):
             tainted.add(op.output)
     return {op.inputs[0] for op in layers.values()} & tainted
+
+
+def statistics_to_make_again(program: Program) -> set[int]:
+    """The outputs of batch norms of which the HVP pass makes mean and rstd again: over images a pass over x costs more than it saves."""
+    norms = [op for op in program.ops if op.name == "batchnorm"]
+    return {op.output for op in norms if op.attrs["statistics"] == "running" or len(program.values[op.output].shape) == 1}
+
+
+def masks_from_outputs(program: Program, kept: Container[int]) -> list[Op]:
+    """The ReLUs whose output is kept and says the mask: y > 0 where x > 0, as long as negative x are not turned around."""
+    return [op for op in program.ops if op.output in kept and op.name in ("relu", "leaky_relu") and op.attrs.get("slope", 0.0) >= 0]
 
 
 def roll_back(p: Pass, op: Op, delta: Ref, leaves: Mapping[int, tuple[Ref, Ref]]) -> None:

@@ -372,6 +372,8 @@ class _Sweep:
         p.dot = dict(direction)
         p.value |= self.kept_inputs
         leaves = {leaf.value: (self._theta(leaf.name), Ref(self.a.rates[leaf.name].name)) for leaf in self.adapted if leaf.name in self.in_place}
+        if self.rolled and not self.keeps_values:
+            self._make_again(p)
         p.before = {op.output: partial(rollback.roll_back, p, op, self.deltas[v], leaves) for v, op in self.rolled.items()}
         p.want([leaf.value for leaf in self.adapted] + self.zeta)
         forward(p)
@@ -388,6 +390,14 @@ class _Sweep:
                 acc = Ref(self._zeta_name(v, "support"))
                 p.emit("axpy_fwd", (acc, p.bar_dot[v], scale), (acc,), sign=sign)
         self.segments["hvp"] = order(self._take(p))
+
+    def _make_again(self, p: Pass) -> None:
+        """What the HVP pass has from others, instead of kept. Masks that are brought out, or given, are kept all the same."""
+        again = rollback.statistics_to_make_again(self.program)
+        p.saved = {(v, tag): ref for (v, tag), ref in p.saved.items() if v not in again or tag not in ("mean", "rstd")}
+        for op in () if self.a.record_masks else rollback.masks_from_outputs(self.program, self.kept_inputs):
+            p.saved[op.output, "mask"] = mask = p.new(f"mask{op.output}", self.program.values[op.output].shape, True, "mask")
+            p.emit(f"{op.name}_fwd", (self.kept_inputs[op.output],), (None, mask), **op.attrs)
 
     def _hvp_loss(self, p: Pass) -> None:
         out, name = self.program.output, self.a.loss.name
