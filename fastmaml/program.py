@@ -169,6 +169,11 @@ OPS: Mapping[str, OpSpec] = {
     "conv2d": OpSpec(("x", "w", "b?"), ("stride", "padding"), _conv2d),  # padding: top, bottom, left, right
     # statistics: "batch" | "support" | "running"; the running_* operands are given for "running" alone
     "batchnorm": OpSpec(("x", "gamma?", "beta?", "running_mean?", "running_var?"), ("eps", "statistics"), _same),
+    "batchnorm_maxpool2d": OpSpec(  # made by plan/pooling.py alone
+        ("x", "gamma?", "beta?", "running_mean?", "running_var?"),
+        ("eps", "statistics", "kernel", "stride", "padding"),
+        lambda attrs, x, *_: _pool2d(attrs, x),
+    ),
     "layernorm": OpSpec(("x", "gamma?", "beta?"), ("eps", "dims"), _same),  # dims: how many trailing axes are normalised
     "groupnorm": OpSpec(("x", "gamma?", "beta?"), ("eps", "groups"), _same),
     "relu": _UNARY,

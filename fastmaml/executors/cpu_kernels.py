@@ -72,7 +72,7 @@ def windows(plan: Plan) -> dict[str, Windows]:
     """Of each index buffer."""
     out = {}
     for _, instr in plan.instructions():
-        if instr.kernel == "maxpool2d_fwd":
+        if instr.kernel in ("maxpool2d_fwd", "batchnorm_maxpool2d_fwd"):
             attrs = [instr.attrs[name] for name in ("kernel", "stride", "padding")]
             out[instr.outputs[1].buffer] = Windows(*attrs, plan.buffers[instr.inputs[0].buffer].shape[2])
     return out
@@ -174,6 +174,14 @@ def _batchnorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Nati
     pixels = _pixels(x, buffers)
     sizes = (_channels(x, buffers), stat, pixels)
     return Native(instr.kernel, (*instr.inputs, *instr.outputs), sizes, (instr.attrs["eps"],), pixels=pixels)
+
+
+def _batchnorm_maxpool2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    image = _image(instr.inputs[0], buffers, "batchnorm_maxpool2d")
+    a, rows = instr.attrs, instr.attrs.get("stat_rows")
+    stat = 0 if rows is None else -1 if rows == extent else -2
+    sizes = (*image, *a["kernel"], *a["stride"], *a["padding"], int(wide_index(a)), stat)
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), sizes)
 
 
 def _rownorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
@@ -413,6 +421,7 @@ _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
     "factored_linear": _factored,
     "row_sum": _row_sum,
     "batchnorm": _batchnorm,
+    "batchnorm_maxpool2d": _batchnorm_maxpool2d,
     "layernorm": _rownorm,
     "groupnorm": _rownorm,
     "relu": _relu,

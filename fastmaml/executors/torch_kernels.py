@@ -262,6 +262,31 @@ def batchnorm_bwd_input_jvp(
     return total(times(_channels(scale_t, x), inner), _channels(scale, x) * inner_t)
 
 
+@kernel("batchnorm_maxpool2d_fwd")
+def batchnorm_maxpool2d_fwd(task, attrs: Attrs, x, gamma):
+    # what the window's maximum is made of after a multiplication with gamma: its maximum or minimum, or the first element
+    _, index = F.max_pool2d(x if gamma is None else x * _channels(gamma.sign(), x), *_pool(attrs), return_indices=True)
+    return maxpool2d_replay(task, attrs, x, index), index
+
+
+@kernel("batchnorm_maxpool2d_replay")
+def batchnorm_maxpool2d_replay(task, attrs: Attrs, x, gamma, index):
+    return maxpool2d_replay(task, attrs, x, index)
+
+
+@kernel("batchnorm_maxpool2d_bwd_input")
+def batchnorm_maxpool2d_bwd_input(task, attrs: Attrs, x, mean, rstd, gamma, dy, index, s1, s2):  # of all pixels, dy of those that were chosen
+    return batchnorm_bwd_input(task, attrs, x, mean, rstd, gamma, maxpool2d_bwd(task, attrs, dy, index), s1, s2)
+
+
+@kernel("batchnorm_maxpool2d_bwd_input_jvp")
+def batchnorm_maxpool2d_bwd_input_jvp(
+    task, attrs: Attrs, x, mean, rstd, gamma, dy, index, s1, s2, xt, mean_t, rstd_t, gamma_t, dyt, s1t, s2t
+):
+    dy, dyt = (None if d is None else maxpool2d_bwd(task, attrs, d, index) for d in (dy, dyt))
+    return batchnorm_bwd_input_jvp(task, attrs, x, mean, rstd, gamma, dy, s1, s2, xt, mean_t, rstd_t, gamma_t, dyt, s1t, s2t)
+
+
 class _Rows:
     """layernorm and groupnorm as one: x seen as [n, sets, members], statistics over the members."""
 

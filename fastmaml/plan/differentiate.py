@@ -207,14 +207,20 @@ def _maxpool2d() -> Rule:
     return Rule(fwd, jvp, lambda p, op: scatter(p, op, p.bar[op.output], "bwd"), bwd_jvp)
 
 
-def _batchnorm() -> Rule:
-    """Statistics are reductions of their own (they close a group); normalising is row by row. d(statistics) are also dbeta and dgamma."""
+def _batchnorm(pooled: bool = False) -> Rule:
+    """Statistics are reductions of their own (they close a group); normalising is row by row. d(statistics) are also dbeta and dgamma.
+
+    ``pooled``: batchnorm_maxpool2d (see pooling.py). The extremum of each window is taken before it is normalised, so that only the statistics and
+    the gradient of x are of all pixels; the rest works on what was chosen."""
 
     def attrs(p: Pass, op: Op) -> dict[str, Any]:
         """``stat_rows``: the extent whose rows make the statistics (in a joint pass the support's), None for running ones."""
         statistics = op.attrs["statistics"]
         rows = None if statistics == "running" else "support" if statistics == "support" and p.extent == "joint" else p.extent
         return {"eps": op.attrs["eps"], "stat_rows": rows}
+
+    def window(op: Op) -> dict[str, Any]:
+        return {name: op.attrs[name] for name in ("kernel", "stride", "padding")}
 
     def stats(p: Pass, op: Op) -> tuple[Ref, Ref]:
         """Made where they are first asked for: by the jvp, where the output itself is given."""
@@ -228,8 +234,33 @@ def _batchnorm() -> Rule:
                 p.emit("batchnorm_stats_fwd", (x,), out, **attrs(p, op))
         return p.saved[op.output, "mean"], p.saved[op.output, "rstd"]
 
+    def chosen(p: Pass, op: Op) -> Operand:
+        """x where the normalisation sees it."""
+        x, gamma, *_ = _values(p, op)
+        if not pooled:
+            return x
+        if op.output not in p.chosen:
+            shape = p.program.values[op.output].shape
+            p.chosen[op.output] = out = p.new(f"x{op.output}", shape, True)
+            if (op.output, "index") in p.saved:
+                p.emit("maxpool2d_replay", (x, p.saved[op.output, "index"]), (out,), **window(op))
+            else:
+                index = p.save(op, "index", shape, True, kind="index")
+                p.emit("batchnorm_maxpool2d_fwd", (x, gamma), (out, index), **window(op))
+        return p.chosen[op.output]
+
+    def chosen_dot(p: Pass, op: Op) -> Operand:
+        xt = p.dot.get(op.inputs[0])
+        if not pooled or xt is None:
+            return xt
+        if op.output not in p.chosen_dot:
+            p.chosen_dot[op.output] = out = p.new(f"tx{op.output}", p.program.values[op.output].shape, True)
+            p.emit("maxpool2d_jvp", (xt, p.saved[op.output, "index"]), (out,), **window(op))
+        return p.chosen_dot[op.output]
+
     def fwd(p: Pass, op: Op) -> None:
-        x, gamma, beta, *_ = _values(p, op)
+        _, gamma, beta, *_ = _values(p, op)
+        x = chosen(p, op)  # first: while x is still in the cache
         p.emit("batchnorm_fwd", (x, *stats(p, op), gamma, beta), (p.value[op.output],), **attrs(p, op))
 
     def jvp(p: Pass, op: Op) -> Operand:
@@ -241,32 +272,40 @@ def _batchnorm() -> Rule:
             p.emit("batchnorm_stats_jvp", (x, *stats(p, op), xt), stats_t, **attrs(p, op))
         p.dot_stats[op.output] = stats_t
         out = p.like("t", op.output)
-        p.emit("batchnorm_jvp", (x, *stats(p, op), gamma, xt, *stats_t, gamma_t, beta_t), (out,), **attrs(p, op))
+        p.emit("batchnorm_jvp", (chosen(p, op), *stats(p, op), gamma, chosen_dot(p, op), *stats_t, gamma_t, beta_t), (out,), **attrs(p, op))
         return out
+
+    def to_input(p: Pass, op: Op, mode: str, before: tuple[Operand, ...], after: tuple[Operand, ...], dot: bool) -> None:
+        """The gradient of all of x, or its tangent."""
+        name, index, more = "batchnorm", (), attrs(p, op)
+        if pooled:
+            name, index = "batchnorm_maxpool2d", (p.saved[op.output, "index"],)
+            more |= window(op) | {"input_shape": p.program.values[op.inputs[0]].shape}
+        p.add_bar(op.inputs[0], lambda dx: p.emit(f"{name}_{mode}", (*before, *index, *after), (dx,), **more), dot=dot)
 
     def bwd(p: Pass, op: Op) -> None:
         (x, gamma, *_), dy = _values(p, op), p.bar[op.output]
-        vx, vgamma, vbeta = op.inputs[:3]
+        _, vgamma, vbeta = op.inputs[:3]
         sums = _channel_sums(p, op, "")
-        p.emit("batchnorm_bwd_stats", (x, *stats(p, op), dy), sums, **attrs(p, op))
+        p.emit("batchnorm_bwd_stats", (chosen(p, op), *stats(p, op), dy), sums, **attrs(p, op))
         p.bar_sums[op.output] = sums
-        p.add_bar(vx, lambda dx: p.emit("batchnorm_bwd_input", (x, *stats(p, op), gamma, dy, *sums), (dx,), **attrs(p, op)))
+        to_input(p, op, "bwd_input", (x, *stats(p, op), gamma, dy), sums, False)
         p.alias_bar(vgamma, sums[1])
         p.alias_bar(vbeta, sums[0])
 
     def bwd_jvp(p: Pass, op: Op) -> None:
         (x, gamma, *_), (xt, gamma_t, *_) = _values(p, op), _dots(p, op)
-        vx, vgamma, vbeta = op.inputs[:3]
+        _, vgamma, vbeta = op.inputs[:3]
         dy, dyt = p.bar.get(op.output), p.bar_dot.get(op.output)
         if dyt is None and (dy is None or (xt is None and gamma_t is None)):
             return
-        mean_t, rstd_t = p.dot_stats.get(op.output, (None, None))
+        stats_t = p.dot_stats.get(op.output, (None, None))
         sums_t: tuple[Operand, Operand] = (None, None)
         if dyt is not None or xt is not None:
             sums_t = _channel_sums(p, op, "t")
-            p.emit("batchnorm_bwd_stats_jvp", (x, *stats(p, op), dy, xt, mean_t, rstd_t, dyt), sums_t, **attrs(p, op))
-        inputs = (x, *stats(p, op), gamma, dy, *p.bar_sums.get(op.output, (None, None)), xt, mean_t, rstd_t, gamma_t, dyt, *sums_t)
-        p.add_bar(vx, lambda dx: p.emit("batchnorm_bwd_input_jvp", inputs, (dx,), **attrs(p, op)), dot=True)
+            p.emit("batchnorm_bwd_stats_jvp", (chosen(p, op), *stats(p, op), dy, chosen_dot(p, op), *stats_t, dyt), sums_t, **attrs(p, op))
+        sums = p.bar_sums.get(op.output, (None, None))
+        to_input(p, op, "bwd_input_jvp", (x, *stats(p, op), gamma, dy), (*sums, xt, *stats_t, gamma_t, dyt, *sums_t), True)
         p.alias_bar(vgamma, sums_t[1], dot=True)
         p.alias_bar(vbeta, sums_t[0] if dyt is not None else None, dot=True)
 
@@ -471,6 +510,7 @@ RULES: Mapping[str, Rule] = {
     "linear": _contraction("linear"),
     "conv2d": _contraction("conv2d"),
     "batchnorm": _batchnorm(),
+    "batchnorm_maxpool2d": _batchnorm(pooled=True),
     "layernorm": _rownorm("layernorm"),
     "groupnorm": _rownorm("groupnorm"),
     "relu": _unary("relu", "mask"),

@@ -37,6 +37,8 @@ class Pass:
         self.keep_values = False  # memory="fast": values and adjoints are kept per step, too
         # what one rule hands to another of the same op: tangents of BN statistics, its channel sums, second-order terms of a module
         self.dot_stats: dict[int, tuple[Operand, Operand]] = {}
+        self.chosen: dict[int, Ref] = {}  # what a pooled normalisation took of its input, and its tangent
+        self.chosen_dot: dict[int, Ref] = {}
         self.bar_sums: dict[int, tuple[Operand, Operand]] = {}
         self.second: dict[int, list[Operand]] = {}
         self.support_data: Operand = None  # x of the support rows, for Gram matrices

@@ -24,6 +24,7 @@ from fastmaml.plan.groups import make_groups
 from fastmaml.plan.instructions import Buffer, Instruction, Operand, Phase, Plan, Reduction, Ref, Segment
 from fastmaml.plan.memory import assign_homes
 from fastmaml.plan.passes import Pass
+from fastmaml.plan.pooling import pool_first
 from fastmaml.plan.rewrite import STATE, factor_first_layers
 from fastmaml.plan.tidy import live, order, unkept
 from fastmaml.program import CLASS_WEIGHT, Leaf, Op, Program
@@ -31,6 +32,7 @@ from fastmaml.program import CLASS_WEIGHT, Leaf, Op, Program
 
 def build_plan(program: Program, arrangement: Arrangement) -> Plan:
     """The Plan of one meta-iteration. Raises ValueError where no adapted leaf reaches the output."""
+    program = pool_first(program)
     if arrangement.support_rows and arrangement.steps and arrangement.entry in ("train", "halves", "evaluate"):
         scalar = {name: rate.shape == () for name, rate in arrangement.rates.items()}
         program, factored = factor_first_layers(program, scalar, arrangement.support_rows)
@@ -56,7 +58,7 @@ class _Sweep:
         self.learned = sorted({r for leaf in self.adapted if (r := self.a.rates.get(leaf.name)) and r.learned}, key=lambda r: r.name)
         rates = {self.a.rates.get(leaf.name) for leaf in self.adapted}
         self.shared_rate = rates.pop() if len(rates) == 1 and next(iter(rates), None) and next(iter(rates)).shape == () else None
-        joint = any(op.name == "batchnorm" and op.attrs["statistics"] == "support" for op in program.ops)
+        joint = any(op.name.startswith("batchnorm") and op.attrs["statistics"] == "support" for op in program.ops)
         self.outer_extent = "joint" if joint else "query"
         self.rolled = rollback.rolled_back(program, arrangement) if self.second_order else {}
         self.in_place = self._in_place()

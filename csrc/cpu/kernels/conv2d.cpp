@@ -3,8 +3,7 @@
 // of taps reads for a pixel lies in one run of kw * c floats: what is left is the matrix product of linear_tiles.h over
 // a few such runs. The transposed convolution is the same on dy, with transposed weights, once for each residue of the
 // stride. A sum is made of pieces in an order that depends on the shape of the layer alone.
-#include "conv_strips.h"
-#include "linear_tiles.h"
+#include "conv_weight.h"
 
 namespace fastmaml {
 namespace FASTMAML_ISA {
@@ -218,6 +217,21 @@ void conv2d_bwd_input_jvp(const Call& c) {  // dy?, w, dyt?, wt?, dxt
     if (c.f(2)) sources[n++] = {2, c.f(1)};
     if (c.f(0) && c.f(3)) sources[n++] = {0, c.f(3)};
     backward_input(c, sources, n, 4);
+}
+
+void conv2d_bwd_weight(const Call& c) {  // x, dy, dw?, db?
+    const Factor factor = {0, 1};
+    if (c.f(2)) backward_weight(c, &factor, 1, c.f(2));
+    if (c.f(3)) backward_bias(c, 1, c.f(3));
+}
+
+void conv2d_bwd_weight_jvp(const Call& c) {  // x, dy?, xt?, dyt?, dwt?, dbt?
+    Factor factors[2];
+    int n = 0;
+    if (c.f(3)) factors[n++] = {0, 3};
+    if (c.f(2) && c.f(1)) factors[n++] = {2, 1};
+    if (c.f(4)) backward_weight(c, factors, n, c.f(4));
+    if (c.f(5)) backward_bias(c, 3, c.f(5));
 }
 
 }  // namespace FASTMAML_ISA

@@ -1,5 +1,6 @@
 // The weight gradient of conv2d and its tangent: for each row of taps, the outer product of what it reads for a pixel
 // (one run of kw * c floats of a strip) with dy of that pixel, summed over pixels in the layout of the packed weight.
+#pragma once
 #include "conv_strips.h"
 #include "linear_tiles.h"
 
@@ -151,21 +152,5 @@ void backward_bias(const Call& c, int operand, float* db) {
 }
 
 }  // namespace
-
-void conv2d_bwd_weight(const Call& c) {  // x, dy, dw?, db?
-    const Factor factor = {0, 1};
-    if (c.f(2)) backward_weight(c, &factor, 1, c.f(2));
-    if (c.f(3)) backward_bias(c, 1, c.f(3));
-}
-
-void conv2d_bwd_weight_jvp(const Call& c) {  // x, dy?, xt?, dyt?, dwt?, dbt?
-    Factor factors[2];
-    int n = 0;
-    if (c.f(3)) factors[n++] = {0, 3};
-    if (c.f(2) && c.f(1)) factors[n++] = {2, 1};
-    if (c.f(4)) backward_weight(c, factors, n, c.f(4));
-    if (c.f(5)) backward_bias(c, 3, c.f(5));
-}
-
 }  // namespace FASTMAML_ISA
 }  // namespace fastmaml
