@@ -52,6 +52,7 @@ class Lowering:
         fusion = Fusion(plan, self.buffers, lambda rows, steps: bool(self._block(rows, steps)) or (rows is not None and self.capacity[rows] > DEEP))
         for phase, groups in self.phases:
             fusion.run(groups, weights=phase.scope == "task")
+        self.block_rows_of = self._blocks()
         self._addresses()
         self.words = self._words()
 
@@ -261,9 +262,21 @@ class Lowering:
             block = max(few, BLOCK_BYTES // max(each, 1))
         return 0 if block >= self.capacity[rows] else block
 
+    def _blocks(self) -> dict[str, int]:
+        """Of buffers that live one block long, where there are several blocks: its rows. All blocks use the same memory, which so stays in the cache."""
+        rows_of = {}
+        for _, groups in self.phases:
+            for rows, steps in groups:
+                block = self._block(rows, steps)
+                for ref in (ref for step in steps for ref in step.call.operands if ref is not None and block):
+                    buffer = self.buffers[self._name(ref.buffer)]
+                    if buffer.home == "block" and buffer.rows:
+                        rows_of[buffer.name] = block
+        return rows_of
+
     def _bytes(self, buffer: Buffer) -> int:
         """Of one slot."""
-        rows = 1 if buffer.rows is None else self.capacity[buffer.rows]
+        rows = 1 if buffer.rows is None else self.block_rows_of.get(buffer.name) or self.capacity[buffer.rows]
         return rows * self._stride(buffer)
 
     def _slots(self, buffer: Buffer) -> int:
@@ -325,7 +338,7 @@ class Lowering:
         if buffer.home == "task" and buffer.first:
             offset = -self._step_stride(buffer)
         shift = ref.shift if buffer.steps else 0
-        by_row = int(bool(buffer.rows))
+        by_row = int(bool(buffer.rows) and buffer.name not in self.block_rows_of)
         words = [1, home, task_buffer, by_row, shift, offset, self._step_stride(buffer), self._stride(buffer), int(bool(buffer.first))]
         if buffer.first:
             first_home, first_task, first_offset = self.at[buffer.first]

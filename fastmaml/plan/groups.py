@@ -24,16 +24,44 @@ def rows_of(instr: Instruction, buffers: Mapping[str, Buffer]) -> str | None:
     return extents.pop() if len(extents) == 1 and not whole else None
 
 
+class _Open:
+    """A group that is being filled."""
+
+    def __init__(self, rows: str | None) -> None:
+        self.rows = rows
+        self.members: list[Instruction] = []
+        self.unfinished: set[str] = set()  # reductions, finished when the group is
+        self.touched: set[str] = set()
+        self.written: set[str] = set()
+
+    def takes(self, instr: Instruction, rows: str | None) -> bool:
+        return self.rows == rows and not any(ref.buffer in self.unfinished for ref in instr.reads())
+
+    def is_free_of(self, instr: Instruction) -> bool:
+        """Whether ``instr`` may as well run before this group."""
+        reads, writes = ({ref.buffer for ref in refs} for refs in (instr.reads(), instr.writes()))
+        return not (reads & self.written or writes & self.touched)
+
+    def add(self, instr: Instruction, buffers: Mapping[str, Buffer]) -> None:
+        self.members.append(instr)
+        writes = {ref.buffer for ref in instr.writes()}
+        self.written |= writes
+        self.touched |= writes | {ref.buffer for ref in instr.reads()}
+        if self.rows is not None:
+            self.unfinished |= {name for name in writes if buffers[name].rows is None}
+
+
 def make_groups(instructions: Iterable[Instruction], buffers: Mapping[str, Buffer]) -> tuple[Group, ...]:
-    groups: list[tuple[str | None, list[Instruction]]] = []
-    unfinished: set[str] = set()
+    """In the order given, but a reduction over rows joins the group before the last one where it may: what waits for it need not begin another walk
+    over the rows."""
+    groups: list[_Open] = []
     for instr in instructions:
         rows = rows_of(instr, buffers)
-        same = bool(groups) and groups[-1][0] == rows
-        if not same or any(ref.buffer in unfinished for ref in instr.reads()):
-            groups.append((rows, []))
-            unfinished = set()
-        groups[-1][1].append(instr)
-        if rows is not None:
-            unfinished.update(ref.buffer for ref in instr.writes() if buffers[ref.buffer].rows is None)
-    return tuple(Group(tuple(members), rows) for rows, members in groups)
+        reduces = rows and any(buffers[ref.buffer].rows is None for ref in instr.writes())
+        if reduces and len(groups) > 1 and groups[-2].takes(instr, rows) and groups[-1].is_free_of(instr):
+            groups[-2].add(instr, buffers)
+            continue
+        if not groups or not groups[-1].takes(instr, rows):
+            groups.append(_Open(rows))
+        groups[-1].add(instr, buffers)
+    return tuple(Group(tuple(group.members), group.rows) for group in groups)
