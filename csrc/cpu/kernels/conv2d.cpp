@@ -20,48 +20,141 @@ struct Product {
     int64_t width;           // of a row of the weights: columns of the output
     int64_t step_h, step_w;  // from one output pixel to the next, in pixels of the strip
     float* y;
-    int64_t y_row, y_pixel;  // floats from one output row, pixel to the next
+    int64_t y_row, y_pixel, y_image;  // floats from one output row, pixel, image to the next
     const float* bias;       // or null
     bool begun;              // adds to what is there
 };
 
-// `n` runs from q on, products [i, ...) of each, for one row of output pixels
-int gather(const Term* terms, int n_terms, const Product& p, int64_t row, int64_t q0, int64_t n, int64_t i, Pair* out) {
-    int count = 0;
-    for (int t = 0; t < n_terms; ++t)
-        for (int64_t q = q0; q < q0 + n; ++q) {
-            const Strip& s = terms[t].strip;
-            const float* x = s.at + (row * p.step_h + q / p.runs) * s.row + q % p.runs * s.pixel + i;
-            out[count++] = {x, p.step_w * s.pixel, terms[t].w + (q * p.next + i) * p.width, p.width};
+// ---------------------------------------------------------------------------------------------------- tiles
+// As linear_tiles.h, but of pixels that lie anywhere: whatever the sides of an image, a tile is full.
+constexpr int pixels_of(int vectors) { return VL == 16 ? (vectors == 4 ? 6 : 8) : vectors == 1 ? 8 : 6; }
+constexpr int kMaxRuns = 16;
+
+struct Run {
+    const float* x;
+    const int32_t* at;  // where each pixel's run begins
+    const float* w;
+};
+
+struct Output {
+    float* y;
+    const int32_t* at;
+    const float* bias;  // or null
+    bool begun;
+};
+
+template <int R, int C>
+inline void tile_of_pixels(const Run* runs, int n, int64_t k, int64_t width, int64_t first, int64_t col,
+                           const Output& out) {
+    vec acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = vec{};
+    for (int run = 0; run < n; ++run) {
+        const float* x[R];
+        for (int r = 0; r < R; ++r) x[r] = runs[run].x + runs[run].at[first + r];
+        const float* w = runs[run].w + col;
+        for (int64_t i = 0; i < k; ++i, w += width) {
+            vec b[C];
+            for (int c = 0; c < C; ++c) b[c] = load(w + c * VL);
+            for (int r = 0; r < R; ++r) {
+                const vec a = splat(x[r][i]);
+                for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
+            }
         }
-    return count;
+    }
+    for (int r = 0; r < R; ++r) {
+        float* y = out.y + out.at[first + r] + col;
+        for (int c = 0; c < C; ++c) {
+            if (out.begun) acc[r][c] = load(y + c * VL) + acc[r][c];
+            if (!out.begun && out.bias) acc[r][c] = load(out.bias + col + c * VL) + acc[r][c];
+            store(y + c * VL, acc[r][c]);
+        }
+    }
 }
 
-// A strip's worth of the output: chains of about kDepth products each; short runs go together.
-void multiply(const Term* terms, int n_terms, const Product& p, int64_t rows, int64_t cols) {
-    const int64_t runs = p.taps_h * p.runs, most = kMaxPairs / (n_terms ? n_terms : 1), fit = p.run ? kDepth / p.run : 1;
-    const int64_t together = fit < 1 ? 1 : fit < most ? fit : most;
-    const int64_t few = 4096 / (cols * p.width) + 1;  // rows of the output that stay in L1 while the weights go by
-    Pair pairs[kMaxPairs];
-    for (int64_t r0 = 0; r0 < rows; r0 += few) {
-        const int64_t r1 = r0 + few < rows ? r0 + few : rows;
-        bool begun = p.begun;
-        for (int64_t q = 0; q < runs; q += together) {
-            const int64_t here = runs - q < together ? runs - q : together;
+template <int R, int C>
+inline void some_pixels(int64_t pixels, const Run* runs, int n, int64_t k, int64_t width, int64_t first, int64_t col,
+                        const Output& out) {
+    if (pixels >= R) return tile_of_pixels<R, C>(runs, n, k, width, first, col, out);
+    if constexpr (R > 1) some_pixels<R - 1, C>(pixels, runs, n, k, width, first, col, out);
+}
+
+template <int C>
+void column_of_pixels(int64_t pixels, const Run* runs, int n, int64_t k, int64_t width, int64_t col,
+                      const Output& out) {
+    constexpr int R = pixels_of(C);
+    for (int64_t p = 0; p < pixels;) {
+        const int64_t left = pixels - p, here = left < R ? left : left < 2 * R && left > R ? (left + 1) / 2 : R;
+        some_pixels<R, C>(here, runs, n, k, width, p, col, out);
+        p += here;
+    }
+}
+
+// All columns of some pixels: sums over n runs of k products each
+void all_columns(int64_t pixels, const Run* runs, int n, int64_t k, int64_t width, const Output& out) {
+    for (int64_t col = 0; col < width; col += kCols * VL) {
+        switch ((width - col < kCols * VL ? width - col : kCols * VL) / VL) {
+            case 1:
+                column_of_pixels<1>(pixels, runs, n, k, width, col, out);
+                break;
+            case 2:
+                column_of_pixels<2>(pixels, runs, n, k, width, col, out);
+                break;
+#if defined(__AVX512F__)
+            case 3:
+                column_of_pixels<3>(pixels, runs, n, k, width, col, out);
+                break;
+            default:
+                column_of_pixels<4>(pixels, runs, n, k, width, col, out);
+                break;
+#endif
+        }
+    }
+}
+
+// Where the pixels [first, first + n) of some images' strips begin
+void find(int32_t* at, int64_t first, int64_t n, int64_t rows, int64_t cols, int64_t image, int64_t row, int64_t pixel) {
+    int64_t c = first % cols, r = first / cols % rows, i = first / cols / rows;
+    for (int64_t k = 0; k < n; ++k) {
+        at[k] = static_cast<int32_t>(i * image + r * row + c * pixel);
+        if (++c == cols) {
+            c = 0;
+            if (++r == rows) r = 0, ++i;
+        }
+    }
+}
+
+// Some strips' worth of the output: chains of about kDepth products each; short runs go together.
+void multiply(const Term* terms, int n_terms, const Product& p, int64_t images, int64_t rows, int64_t cols) {
+    const int64_t runs = p.taps_h * p.runs, most = kMaxRuns / (n_terms ? n_terms : 1);
+    const int64_t fit = p.run ? kDepth / p.run : 1, together = fit < 1 ? 1 : fit < most ? fit : most;
+    int32_t at[2][kBlock], y_at[kBlock];
+    const int64_t total = images * rows * cols;
+    for (int64_t first = 0; first < total; first += kBlock) {
+        const int64_t pixels = total - first < kBlock ? total - first : kBlock;
+        find(y_at, first, pixels, rows, cols, p.y_image, p.y_row, p.y_pixel);
+        for (int t = 0; t < n_terms; ++t) {
+            const Strip& x = terms[t].strip;
+            find(at[t], first, pixels, rows, cols, x.image, p.step_h * x.row, p.step_w * x.pixel);
+        }
+        Output out = {p.y, y_at, p.bias, p.begun};
+        Run some[kMaxRuns];
+        for (int64_t q0 = 0; q0 < runs; q0 += together) {
             for (int64_t i = 0; i < p.run;) {
                 const int64_t depth = p.run - i < kDepth + kDepth / 2 ? p.run - i : kDepth;
-                for (int64_t r = r0; r < r1; ++r) {
-                    const int n = gather(terms, n_terms, p, r, q, here, i, pairs);
-                    float* y = p.y + r * p.y_row;
-                    columns(cols, p.width, pairs, n, depth, y, p.y_pixel, begun ? y : p.bias, begun ? p.y_pixel : 0,
-                            kLinear);
-                }
-                begun = true;
+                int n = 0;
+                for (int t = 0; t < n_terms; ++t)
+                    for (int64_t q = q0; q < runs && q < q0 + together; ++q) {
+                        const Strip& s = terms[t].strip;
+                        some[n++] = {s.at + q / p.runs * s.row + q % p.runs * s.pixel + i, at[t],
+                                     terms[t].w + (q * p.next + i) * p.width};
+                    }
+                all_columns(pixels, some, n, depth, p.width, out);
+                out.begun = true;
                 i += depth;
             }
         }
-        for (int64_t r = r0; !begun && r < r1; ++r)  // no tap reaches these pixels
-            columns(cols, p.width, pairs, 0, 0, p.y + r * p.y_row, p.y_pixel, p.bias, 0, kLinear);
+        if (!out.begun) all_columns(pixels, some, 0, 0, p.width, out);  // no tap reaches these pixels
     }
 }
 
@@ -76,7 +169,10 @@ void forward(const Call& c, const Source* sources, int n, const float* bias, int
     const Shape s(c);
     const int64_t padded = pad_lane(s.o);
     const Cut cut = cut_of(s.c, s.kh, s.kw, s.sh, s.sw, s.ow, s.oh, n ? n : 1);
-    for_lines(c, s.oh, [&](int64_t image, int64_t first, int64_t lines) {
+    const bool whole = cut.rows >= s.oh && cut.cols >= s.ow;
+    const int64_t floats = ((s.oh - 1) * s.sh + s.kh) * ((s.ow - 1) * s.sw + s.kw) * cut.channels;
+    const int64_t together = whole ? images_together(s.oh * s.ow, floats, kStripFloats / (n ? n : 1)) : 1;
+    for_lines(c, s.oh, together, [&](int64_t image, int64_t images, int64_t first, int64_t lines) {
         for_pieces(cut, first, lines, s.ow, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
             for (int64_t c0 = 0; c0 < s.c; c0 += cut.channels) {
                 const int64_t channels = s.c - c0 < cut.channels ? s.c - c0 : cut.channels;
@@ -85,19 +181,19 @@ void forward(const Call& c, const Source* sources, int n, const float* bias, int
                                        (cols - 1) * s.sw + s.kw, c0,                       channels};
                 Term terms[2];
                 for (int t = 0; t < n; ++t)
-                    terms[t].strip = bring(image_at(c, sources[t].operand, image, s), region,
-                                           c.scratch + t * (kStripFloats / n));
+                    terms[t].strip = bring(image_at(c, sources[t].operand, image, s), images,
+                                           c.stride(sources[t].operand), region, c.scratch + t * (kStripFloats / n));
                 Product p;
                 p.taps_h = n ? s.kh : 0, p.runs = all ? 1 : s.kw, p.step_h = s.sh, p.step_w = s.sw;
                 p.run = all ? s.kw * s.c : channels, p.next = all ? p.run : s.c;
-                p.y_pixel = padded, p.y_row = s.ow * padded, p.begun = c0 > 0;
+                p.y_pixel = padded, p.y_row = s.ow * padded, p.y_image = c.stride(out), p.begun = c0 > 0;
                 for (int64_t o = 0; o < padded; o += kPanel) {
                     p.width = packed_width(o / kPanel, s.o);
                     p.y = c.f(out) + image * c.stride(out) + row * p.y_row + col * padded + o;
                     p.bias = bias ? bias + o : nullptr;
                     for (int t = 0; t < n; ++t)
                         terms[t].w = sources[t].w + o * s.kh * s.kw * s.c + c0 * p.width;
-                    multiply(terms, n, p, rows, cols);
+                    multiply(terms, n, p, images, rows, cols);
                 }
             }
         });
@@ -146,6 +242,9 @@ void backward_residue(const Call& c, const Shape& s, const Source* sources, int 
     Cut cut = cut_of(s.o, h.taps ? h.taps : 1, taps_w, 1, 1, v.count, h.count, n);
     while (taps_w * cut.channels * cols > room && cut.channels > kLane) cut.channels = pad_lane((cut.channels + 1) / 2);
     const int64_t fit = room / (taps_w * cut.channels * cols), group = fit < 1 ? 1 : fit;
+    const bool whole = cut.rows >= h.count && cut.cols >= v.count;
+    const int64_t floats = (h.count - 1 + h.taps) * (v.count - 1 + v.taps) * cut.channels;
+    const int64_t together = whole ? images_together(h.count * v.count, floats, kStripFloats / n) : 1;
     bool begun = false;
     for (int64_t o0 = 0; o0 < s.o; o0 += cut.channels) {
         const int64_t outputs = s.o - o0 < cut.channels ? s.o - o0 : cut.channels;
@@ -160,19 +259,20 @@ void backward_residue(const Call& c, const Shape& s, const Source* sources, int 
             }
             Product p;
             p.taps_h = taps, p.runs = 1, p.run = p.next = v.taps * outputs, p.width = cols, p.step_h = p.step_w = 1;
-            p.y_row = s.sh * s.w * padded, p.y_pixel = s.sw * padded, p.bias = nullptr, p.begun = begun;
-            for_lines(c, h.count, [&](int64_t image, int64_t first, int64_t lines) {
+            p.y_row = s.sh * s.w * padded, p.y_pixel = s.sw * padded, p.y_image = c.stride(out);
+            p.bias = nullptr, p.begun = begun;
+            for_lines(c, h.count, together, [&](int64_t image, int64_t images, int64_t first, int64_t lines) {
                 for_pieces(cut, first, lines, v.count, [&](int64_t row, int64_t rows, int64_t col, int64_t width) {
                     const Region region = {row + h.offset + a, col + v.offset, rows - 1 + taps, width - 1 + v.taps,
                                            o0,                 outputs};
                     for (int t = 0; t < n && p.taps_h; ++t) {
                         const float* dy = c.f(sources[t].operand) + image * c.stride(sources[t].operand);
-                        terms[t].strip = bring({dy, s.o, s.oh, s.ow, false}, region,
-                                               c.scratch + t * (kStripFloats / n));
+                        terms[t].strip = bring({dy, s.o, s.oh, s.ow, false}, images, c.stride(sources[t].operand),
+                                               region, c.scratch + t * (kStripFloats / n));
                     }
                     p.y = c.f(out) + image * c.stride(out) + k +
                           ((h.start + row * s.sh) * s.w + v.start + col * s.sw) * padded;
-                    multiply(terms, n, p, rows, width);
+                    multiply(terms, n, p, images, rows, width);
                 });
             });
             begun = true;

@@ -35,9 +35,9 @@ struct Region {  // rows and columns may lie outside of the image
     int64_t row, col, rows, cols, c0, channels;
 };
 
-struct Strip {  // floats from one row, pixel to the next
+struct Strip {  // floats from one row, pixel, image to the next
     const float* at;
-    int64_t row, pixel;
+    int64_t row, pixel, image;
 };
 
 static constexpr int64_t kStripFloats = 64 * 1024, kWeightFloats = 80 * 1024;  // what each kernel has of its scratch
@@ -88,19 +88,6 @@ static void bring_pixels(const Image& from, const Region& r, float* to) {
     }
 }
 
-// The region as a strip: copied to `to`, or in place where nothing is missing.
-static Strip bring(const Image& from, const Region& r, float* to) {
-    const bool inside = r.row >= 0 && r.col >= 0 && r.row + r.rows <= from.h && r.col + r.cols <= from.w;
-    const int64_t padded = pad_lane(from.c);
-    if (!from.planes && inside && r.channels == padded)
-        return {from.p + (r.row * from.w + r.col) * padded, from.w * padded, padded};
-    if (from.planes)
-        bring_planes(from, r, to);
-    else
-        bring_pixels(from, r, to);
-    return {to, r.cols * r.channels, r.channels};
-}
-
 // How a source is cut so that its strips fit: channels at a time, and of those output columns and rows at a time. The
 // channels (which alone change a sum's order) follow from the layer's shape.
 struct Cut {
@@ -118,19 +105,45 @@ static Cut cut_of(int64_t channels, int64_t kh, int64_t kw, int64_t sh, int64_t 
     return cut;
 }
 
+// The same region of some images, `stride` floats apart: copied to `to`, or in place where nothing is missing.
+static Strip bring(const Image& first, int64_t images, int64_t stride, const Region& r, float* to) {
+    const bool inside = r.row >= 0 && r.col >= 0 && r.row + r.rows <= first.h && r.col + r.cols <= first.w;
+    const int64_t padded = pad_lane(first.c), floats = r.rows * r.cols * r.channels;
+    if (!first.planes && inside && r.channels == padded)
+        return {first.p + (r.row * first.w + r.col) * padded, first.w * padded, padded, stride};
+    Image from = first;
+    for (int64_t i = 0; i < images; ++i, from.p += stride, to += floats)
+        first.planes ? bring_planes(from, r, to) : bring_pixels(from, r, to);
+    return {to - images * floats, r.cols * r.channels, r.channels, floats};
+}
+
 // Image i of an operand that is the layer's input.
 static inline Image image_at(const Call& c, int operand, int64_t i, const Shape& s) {
     return {c.f(operand) + i * c.stride(operand), s.c, s.h, s.w, s.planes && operand == 0};
 }
 
-// body(image, first line, lines): the share of n images of `height` lines
+static constexpr int64_t kBlock = 96;  // output pixels that go through all of the weights together
+
+// How many images of `pixels` output pixels make a block, where strips of whole images of that many floats fit.
+static inline int64_t images_together(int64_t pixels, int64_t floats, int64_t room) {
+    const int64_t fit = floats ? room / floats : kBlock, images = pixels ? kBlock / pixels : 1;
+    return images < 1 || fit < 1 ? 1 : images < fit ? images : fit;
+}
+
+// body(image, images, first line, lines): the share of n images of `height` lines; up to `together` whole images at once
 template <class F>
-static void for_lines(const Call& c, int64_t height, F body) {
+static void for_lines(const Call& c, int64_t height, int64_t together, F body) {
     const Share s = share(c.n * height, c);
     for (int64_t line = s.begin; line < s.end;) {
-        const int64_t image = line / height, first = line % height;
+        const int64_t image = line / height, first = line % height, whole = (s.end - line) / height;
+        if (first == 0 && whole > 0) {
+            const int64_t images = whole < together ? whole : together;
+            body(image, images, 0, height);
+            line += images * height;
+            continue;
+        }
         const int64_t lines = s.end - line < height - first ? s.end - line : height - first;
-        body(image, first, lines);
+        body(image, 1, first, lines);
         line += lines;
     }
 }

@@ -27,20 +27,20 @@ struct Runs {
     }
 };
 
-// The share [begin, end) of the rows of a panel gains the terms' sum. `strip`: strides of the terms' x.
-void add_runs(const Runs& runs, const Share& rows, const Outer* terms, int n, int64_t cols, const Strip& strip,
-              int64_t width, float* panel, bool begun) {
+// The share [begin, end) of the rows of a panel gains the terms' sum. Term t reads strip t % n_strips.
+void add_runs(const Runs& runs, const Share& rows, const Outer* terms, int n, int64_t cols, const Strip* strips,
+              int n_strips, int64_t width, float* panel, bool begun) {
     for (int64_t q = 0; q < runs.count; ++q) {
         const int64_t at = q * runs.next + runs.first;
         const int64_t begin = rows.begin > at ? rows.begin : at;
         const int64_t end = rows.end < at + runs.floats ? rows.end : at + runs.floats;
         if (begin >= end) continue;
-        const int64_t shift = q / runs.per_row * strip.row + q % runs.per_row * strip.pixel + begin - at;
         for (int64_t o = 0; o < width; o += kCols * VL) {
             Outer here[kMaxOuter];
             for (int t = 0; t < n; ++t) {
                 here[t] = terms[t];
-                here[t].x += shift;
+                const Strip& strip = strips[t % n_strips];
+                here[t].x += q / runs.per_row * strip.row + q % runs.per_row * strip.pixel + begin - at;
                 here[t].d += o;
             }
             float* dw = panel + begin * width + o;
@@ -93,12 +93,11 @@ private:
                int64_t cols, bool begun) const {
         const Region region = {row * s.sh - s.top,       col * s.sw - s.left,      (rows - 1) * s.sh + s.kh,
                                (cols - 1) * s.sw + s.kw, c0,                       channels};
-        const int64_t floats = region.rows * region.cols * channels, padded = pad_lane(s.o);
-        Strip strips[kMaxOuter];
-        float* to = c.scratch;
-        for (int64_t i = 0; i < images; ++i)
-            for (int t = 0; t < n_; ++t, to += floats)
-                strips[i * n_ + t] = bring(image_at(c, factors_[t].x, image + i, s), region, to);
+        const int64_t padded = pad_lane(s.o);
+        Strip strips[2];
+        for (int t = 0; t < n_; ++t)
+            strips[t] = bring(image_at(c, factors_[t].x, image, s), images, c.stride(factors_[t].x), region,
+                              c.scratch + t * (kStripFloats / n_));
         const int64_t fit = kDeepPixels / n_ / cols, few = fit < 1 ? 1 : fit;
         for (int64_t r = 0; r < rows; r += few) {
             const int64_t lines = rows - r < few ? rows - r : few;
@@ -106,9 +105,9 @@ private:
                 Outer terms[kMaxOuter];
                 for (int64_t i = 0; i < images; ++i)
                     for (int t = 0; t < n_; ++t) {
-                        const Strip& strip = strips[i * n_ + t];
+                        const Strip& strip = strips[t];
                         const float* dy = c.f(factors_[t].dy) + (image + i) * c.stride(factors_[t].dy);
-                        terms[i * n_ + t] = {strip.at + r * s.sh * strip.row,
+                        terms[i * n_ + t] = {strip.at + i * strip.image + r * s.sh * strip.row,
                                              s.sw * strip.pixel,
                                              dy + ((row + r) * s.ow + col) * padded + o,
                                              padded,
@@ -116,7 +115,7 @@ private:
                                              s.sh * strip.row,
                                              s.ow * padded};
                     }
-                add_runs(Runs(s, c0, channels), rows_, terms, static_cast<int>(images) * n_, cols, strips[0],
+                add_runs(Runs(s, c0, channels), rows_, terms, static_cast<int>(images) * n_, cols, strips, n_,
                          packed_width(o / kPanel, s.o), dw_ + o * s.kh * s.kw * s.c, begun || r > 0);
             }
         }
