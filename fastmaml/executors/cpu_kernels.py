@@ -72,7 +72,7 @@ def windows(plan: Plan) -> dict[str, Windows]:
     """Of each index buffer."""
     out = {}
     for _, instr in plan.instructions():
-        if instr.kernel in ("maxpool2d_fwd", "batchnorm_maxpool2d_fwd"):
+        if instr.kernel in ("maxpool2d_fwd", "batchnorm_maxpool2d_fwd") and instr.outputs[1]:
             attrs = [instr.attrs[name] for name in ("kernel", "stride", "padding")]
             out[instr.outputs[1].buffer] = Windows(*attrs, plan.buffers[instr.inputs[0].buffer].shape[2])
     return out
