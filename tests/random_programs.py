@@ -157,14 +157,22 @@ class Network:
     def __init__(self, rng: random.Random, conv: bool, native: bool, roles: tuple[str, ...] = ROLES) -> None:
         self.rng, self.roles, self.native = rng, roles, native
         self.statistics = rng.choice(["batch", "support", "running"])
-        self.norms = ["batchnorm", "none"] if native else ["batchnorm", "layernorm", "groupnorm", "none"]
+        self.norms = ["batchnorm", "none"] if native and not conv else ["batchnorm", "layernorm", "groupnorm", "none"]
         self.positive: set[str] = set()
         shape = (
             (rng.choice([1, 3]), rng.choice([6, 7]), rng.choice([6, 8])) if conv else (rng.choice([1, 5, 7, 17, 33]),)
         )
-        self.builder = ProgramBuilder(shape)
-        v = self.images(0) if conv else 0
-        for _ in range(rng.randint(1, 3)):
+        if conv and native:
+            sides = [3, 5, 8, 9, 13]
+            shape = (rng.choice([1, 2, 3, 16, 17]), rng.choice(sides), rng.choice(sides))
+        flat = conv and native and self.chance(0.15)
+        self.builder = ProgramBuilder((math.prod(shape),) if flat else shape)
+        v = self.builder.op("reshape", 0, shape=shape) if flat else 0
+        if conv:
+            if native and self.chance(0.15):
+                v = self.rng.choice([self.norm, self.activation, self.native_pool])(v)
+            v = self.native_images(v) if native else self.images(v)
+        for _ in range(rng.randint(0 if conv and native else 1, 3)):
             v = self.layer(v)
         self.outputs = rng.choice([4, 4, 2, 7])
         head = self.leaf((self.outputs, self.shape(v)[0]), "adapted" if self.chance(0.7) else None)
@@ -242,6 +250,80 @@ class Network:
         if choice == 2:
             v = b.op("pad2d", v, padding=(1, 0, 0, 2))
         return v if min(self.shape(v)[1:]) >= 3 else b.op("pad2d", v, padding=(1, 1, 1, 1))
+
+    def native_images(self, v: int) -> int:
+        """Convolutions of odd sizes, with what comes around them in any order."""
+        b, rng = self.builder, self.rng
+        for _ in range(rng.randint(1, 3)):
+            (c, h, w), before = self.shape(v), v
+            if self.chance(0.25) and min(h, w) >= 2:  # as it was, for a residual
+                out, kernel, stride, padding = c, *rng.choice([((3, 3), (1, 1), (1, 1, 1, 1)), ((1, 1), (1, 1), (0,) * 4)])
+            else:
+                out, stride = rng.choice([1, 2, 3, 4, 7, 16, 17, rng.choice([63, 64, 65])]), (rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2]))
+                padding = tuple(rng.choice([0, 1, 1, 2]) for _ in range(4))
+                kernel = (
+                    min(rng.choice([1, 2, 3, 3, 5]), h + padding[0] + padding[1]),
+                    min(rng.choice([1, 2, 3, 3, 4]), w + padding[2] + padding[3]),
+                )
+            v = b.op("conv2d", v, self.filters(out, c, kernel), self.optional((out,), 0.6), stride=stride, padding=padding)
+            after = [self.norm, self.images_activation]
+            rng.shuffle(after)
+            if min(self.shape(v)[1:]) >= 2:
+                after.insert(rng.randint(0, 2), self.native_pool)
+            for layer in after:
+                v = layer(v)
+            if self.shape(v) == self.shape(before) and self.chance(0.6):
+                v = b.op("add", v, before)
+        if self.chance(0.1):  # the same numbers as other images, which nobody would do
+            c, h, w = self.shape(v)
+            v = b.op("reshape", v, shape=(w, c, h))
+        if rng.random() < 0.35 or b.values[v].numel > 600:
+            return b.op("global_avgpool2d", v)
+        return b.op("reshape", v, shape=(b.values[v].numel,))
+
+    def images_activation(self, v: int) -> int:
+        name = self.rng.choice(["relu", "relu", "leaky_relu", "none", "other"])
+        if name == "other":
+            return self.activation(v)
+        return v if name == "none" else self.builder.op(name, v, **ACTIVATIONS[name][0])
+
+    def native_pool(self, v: int) -> int:
+        """Windows that tile, that overlap, that leave the last rows out."""
+        b, rng = self.builder, self.rng
+        choice, size = rng.randint(0, 8), self.shape(v)[1:]
+        whole = {"padding": (0, 0), "kernel": tuple(min(3, n) for n in size)}
+        if choice in (0, 1, 2):
+            return b.op("maxpool2d", v, kernel=(2, 2), stride=(2, 2), padding=(0, 0))
+        if choice == 3:
+            return b.op("maxpool2d", v, stride=(rng.choice([1, 2, 4]), rng.choice([2, 3])), **whole)
+        if choice == 4:
+            return b.op("maxpool2d", v, kernel=(2, 2), stride=(rng.choice([1, 2]), 2), padding=(rng.choice([0, 1]), 1))
+        if choice == 5:
+            return b.op("maxpool2d", v, kernel=size, stride=size, padding=(0, 0))  # 1 x 1 is left
+        if choice == 6:
+            return b.op("avgpool2d", v, kernel=(2, 2), stride=(2, rng.choice([1, 2])), padding=(rng.choice([0, 1]), 0), count_include_pad=self.chance(0.5))
+        if choice == 7:
+            return b.op("pad2d", v, padding=tuple(rng.choice([0, 1, 2]) for _ in range(4)))
+        return v
+
+    def filters(self, out: int, into: int, kernel: tuple[int, int]) -> int:
+        """A weight of a convolution, a leaf or made of leaves."""
+        b, shape = self.builder, (out, into, *kernel)
+        kind = self.rng.choice(["leaf"] * 8 + ["mul", "matmul", "reshape", "slice", "add", "tied", "tied"])
+        tied = [op.inputs[1] for op in b.ops if op.name == "conv2d" and self.shape(op.inputs[1]) == shape]
+        if kind == "tied" and tied:
+            return tied[0]
+        if kind == "mul":
+            return b.op("mul", self.leaf(shape), self.leaf((out, 1, 1, 1)))
+        if kind == "matmul":
+            return b.op("reshape", b.op("matmul", self.leaf((out, 2)), self.leaf((2, math.prod(shape[1:])))), shape=shape)
+        if kind == "reshape":
+            return b.op("reshape", self.leaf((out, math.prod(shape[1:]))), shape=shape)
+        if kind == "slice":
+            return b.op("slice", self.leaf((out, into + 2, *kernel)), dim=1, start=1, stop=into + 1)
+        if kind == "add":
+            return b.op("add", self.leaf(shape), b.op("exp", self.leaf(kernel)))
+        return self.leaf(shape)
 
     def weight(self, out: int, into: int) -> int:
         b = self.builder
@@ -329,8 +411,9 @@ def random_case(rng: random.Random, conv: bool = False, native: bool = False, **
         )
         program = replace(program, leaves=tuple(leaves))
     a = replace(arrangement(rng, program), **changes)
+    supports = [1, 3, 5] if conv and native else [3, 5, 7]
     sizes = [
-        (rng.choice([3, 5, 7]), rng.choice([2, 4, 6])) for _ in range(rng.choice([1, 3, 5] if native else [1, 2, 3]))
+        (rng.choice(supports), rng.choice([2, 4, 6])) for _ in range(rng.choice([1, 3, 5] if native else [1, 2, 3]))
     ]
     a = replace(a, support_rows=rng.choice([None, max(support for support, _ in sizes)]))
     ways = [rng.choice([2, network.outputs]) for _ in sizes]

@@ -14,7 +14,7 @@ from fastmaml.plan.instructions import Buffer, Instruction, Operand, Plan
 LANE = 16  # floats; as in csrc/include/fastmaml/plan.h
 BASES = (None,) * 4  # base, scale, bbase, bscale: where a weight gradient is not added to anything
 MOST_TAPS, MOST_TAPS_IN_A_ROW = 2048, 96  # of a convolution: what a strip and the weights of a row of taps have room for
-PLANES = "planes"  # kind of an image that lies as the caller has it: [c, h, w], not padded
+PLANES = "planes"  # kind of an image that lies as the caller has it: [c, h, w]
 SMOOTH = ("tanh", "sigmoid", "exp", "elu", "gelu", "silu", "softplus")
 MAX_NORM_CHANNELS = 8192  # kMaxNormChannels in csrc/cpu/kernels/rownorm.h
 
@@ -72,7 +72,7 @@ def windows(plan: Plan) -> dict[str, Windows]:
     """Of each index buffer."""
     out = {}
     for _, instr in plan.instructions():
-        if instr.kernel in ("maxpool2d_fwd", "batchnorm_maxpool2d_fwd"):
+        if instr.kernel in ("maxpool2d_fwd", "batchnorm_maxpool2d_fwd") and instr.outputs[1]:
             attrs = [instr.attrs[name] for name in ("kernel", "stride", "padding")]
             out[instr.outputs[1].buffer] = Windows(*attrs, plan.buffers[instr.inputs[0].buffer].shape[2])
     return out
@@ -313,9 +313,7 @@ def _array(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
 
 def _move(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     refs, out = (*instr.inputs, *instr.outputs), instr.outputs[0]
-    if is_image(_buffer(out, buffers)):  # whole images with their padding
-        return Native(instr.kernel, refs, (_pixels(out, buffers) * pad_lane(_channels(out, buffers)),))
-    return Native(instr.kernel, refs, (_width(out, buffers),), unpadded=(0, 1) if instr.kernel == "join_rows_fwd" else (0,))
+    return Native(instr.kernel, refs, (_width(out, buffers),), unpadded=(0, 1, 2) if instr.kernel == "join_rows_fwd" else (0,))
 
 
 # ------------------------------------------------------------------------------------------------------------------- expressions

@@ -68,15 +68,17 @@ class Lowering:
         for _, instr in self.plan.instructions():
             for ref in instr.writes():
                 writers[ref.buffer] = writers.get(ref.buffer, 0) + 1
+        joined = {instr.outputs[0].buffer for _, instr in self.plan.instructions() if instr.kernel == "join_rows_fwd"}
         for name, buffer in self.buffers.items():
-            if is_image(buffer) and self._outside(buffer):
+            if is_image(buffer) and (self._outside(buffer) or name in joined):
                 self.buffers[name] = replace(buffer, kind=PLANES)
         for _, instr in self.plan.instructions():
             if not instr.kernel.startswith("reshape_"):
                 continue
             x, y = self.buffers[instr.inputs[0].buffer], self.buffers[instr.outputs[0].buffer]
             once = writers[y.name] == 1 and writers.get(x.name, 0) <= 1
-            callers = self._outside(self.buffers[self._name(x.name)])
+            source = self.buffers[self._name(x.name)]
+            callers = self._outside(source) or source.kind == PLANES
             if x.rows and once and x.steps == y.steps and y.name not in self.plan.results and (callers or x.shape == y.shape or (is_flat(x.shape) and is_flat(y.shape))):
                 self.alias[y.name] = x.name
                 if callers and is_image(y):
@@ -148,8 +150,7 @@ class Lowering:
             if self.buffers[ref.buffer].kind == PLANES:
                 if i not in call.unpadded:
                     temporary = self._temporary("image", replace(self.buffers[ref.buffer], kind="real"), home)
-                    c, h, w = buffer.shape
-                    before.append(Step(Native("unflatten_image_fwd", (ref, temporary), (c, h, w)), rows))
+                    before.append(Step(Native("unflatten_image_fwd", (ref, temporary), self.buffers[ref.buffer].shape), rows))
                     operands[i] = temporary
             elif buffer.rows and i not in call.unpadded and self._unpadded(buffer):
                 temporary = self._temporary("padded", buffer, home)
@@ -244,7 +245,7 @@ class Lowering:
         if buffer.name in self.packed:
             inputs, outputs, taps = (*_matrix(buffer), 0)[:3]
             return outputs * pad(inputs) if outputs <= NARROW and not taps else inputs * pad(outputs)
-        if is_image(buffer):
+        if is_image(buffer) and buffer.kind != PLANES:
             c, h, w = buffer.shape
             return h * w * pad(c)
         return pad(buffer.numel)

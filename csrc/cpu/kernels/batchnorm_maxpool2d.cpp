@@ -105,17 +105,20 @@ void backward_jvp(const Call& c) {
     });
 }
 
-// x, gamma?, y, index
+// x, gamma?, y?, index?
 template <class Index>
 void choose_of_windows(const Call& c) {
     const Pool g(c);
     const bool whole = tiles_2x2(g);
     for_lines(c, g.rows.outputs, [&](int64_t row, int64_t oh) {
         const float* x = c.f(0) + row * c.stride(0);
-        float* y = c.f(2) + row * c.stride(2) + g.out(oh, 0);
-        Index* index = index_row<Index>(c, 3, row) + g.out(oh, 0);
-        for (int64_t ow = 0; ow < g.cols.outputs; ++ow, y += g.lanes, index += g.lanes)
-            (whole ? window_max<2, true, Index> : window_max<0, true, Index>)(g, oh, ow, x, c.f(1), y, index);
+        float* y = c.operands[2] ? c.f(2) + row * c.stride(2) : nullptr;
+        Index* index = index_row<Index>(c, 3, row);
+        for (int64_t ow = 0; ow < g.cols.outputs; ++ow) {
+            const int64_t at = g.out(oh, ow);
+            (whole ? window_max<2, true, Index> : window_max<0, true, Index>)(g, oh, ow, x, c.f(1), y ? y + at : y,
+                                                                              index ? index + at : index);
+        }
     });
 }
 

@@ -73,7 +73,7 @@ using Kernel = void (*)(const Call&);
     K(batchnorm_bwd_stats_jvp) /* x, mean, rstd, dy?, xt?, meant?, rstdt?, dyt?, s1t?, s2t? */ \
     K(batchnorm_bwd_input_jvp) /* x, mean, rstd, gamma?, dy?, s1?, s2?, xt?, meant?, rstdt?, gammat?, dyt?, s1t?, s2t?, dxt */ \
     /* the same of what a max pooling chooses (plan/pooling.py), windows as in maxpool2d below, sizes[10] as stat rows above */ \
-    K(batchnorm_maxpool2d_fwd) /* x, gamma?, y, index:             of each window the first maximum of x times the sign of gamma */ \
+    K(batchnorm_maxpool2d_fwd) /* x, gamma?, y?, index?:           of each window the first maximum of x times the sign of gamma */ \
     K(batchnorm_maxpool2d_bwd_input) /* x, mean, rstd, gamma?, dy, index, s1, s2, dx: as batchnorm_bwd_input, dy at the chosen pixels */ \
     K(batchnorm_maxpool2d_bwd_input_jvp) /* x, mean, rstd, gamma?, dy?, index, s1?, s2?, xt?, meant?, rstdt?, gammat?, dyt?, s1t?, s2t?, dxt */ \
     /* layernorm and groupnorm, statistics within a row: sizes {c, pixels, slabs, groups, affine}, numbers {eps}; a row is `slabs` images \
