@@ -128,7 +128,7 @@ static Call prepare_call(const Instruction& in, const Worker& w, int64_t step, i
 static inline void run_instruction(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n,
                                    int64_t total) {
     w.tier->table[in.kernel](prepare_call(in, w, step, row0, n, total));
-    w.barrier->wait();  // a team of one does not wait
+    if (w.parts > 1) w.barrier->wait();
 }
 
 static void run_phase(const Phase& phase, const Worker& w) {
@@ -254,9 +254,10 @@ struct Shared {
     Shape shape{};
     std::vector<std::unique_ptr<Barrier>> teams{};
     std::unique_ptr<Barrier> all{};
-    std::vector<Counter> taken{};    // chunks of each team's share
-    std::vector<Counter> current{};  // the chunk that each team works on
-    std::vector<Counter> arrived{};  // by right half: halves of a sum that are complete
+    std::vector<Counter> counters{};  // what the next three point into
+    Counter* taken = nullptr;         // chunks of each team's share
+    Counter* current = nullptr;       // the chunk that each team works on
+    Counter* arrived = nullptr;       // by right half: halves of a sum that are complete
     std::atomic<bool> finite{true};
     std::atomic<bool> ready{false};   // a small Plan: packed, the others may begin
     bool small = false;               // see is_small
@@ -503,9 +504,8 @@ bool execute(const Plan& plan, const Run& run, const Tier& tier) {
         s.shape = shape_of(plan, run.tasks, given);
         s.all.reset(new Barrier(meet));
         for (int i = 0; i < s.shape.workers; ++i) s.teams.emplace_back(new Barrier(s.shape.team));
-        s.taken = std::vector<Counter>(s.shape.workers);
-        s.current = std::vector<Counter>(s.shape.workers);
-        s.arrived = std::vector<Counter>(s.shape.chunks);
+        s.counters = std::vector<Counter>(2 * s.shape.workers + s.shape.chunks);
+        s.taken = s.counters.data(), s.current = s.taken + s.shape.workers, s.arrived = s.current + s.shape.workers;
     };
     if (threads == 1) {
         prepare(1, 1);
