@@ -53,6 +53,7 @@ class TaskBatch:
     support_sizes: tuple[int, ...]
     query_sizes: tuple[int, ...]
     ways: Tensor | None = None
+    row_shapes: tuple[Shape, Shape] = field(init=False)  # of one row of x and of y
     _cache: dict[str, Tensor] = field(default_factory=dict, init=False)
     _given: TaskTensors | None = field(default=None, init=False)  # [tasks, n, ...], where the rows have not been joined yet
 
@@ -69,6 +70,7 @@ class TaskBatch:
         _check_device(self.support_x, self.support_y, self.query_x, self.query_y)
         if self.ways is not None:
             _set(self, "ways", _ways(self.ways, tasks))
+        _set(self, "row_shapes", (self.support_x.shape[1:], self.support_y.shape[1:]))
 
     def __getattr__(self, name: str) -> Tensor:
         """Joins the rows of what came as [tasks, n, ...], the first time they are asked for."""
@@ -86,13 +88,6 @@ class TaskBatch:
         """support_x, support_y, query_x, query_y as they lie in memory: rows joined, or still [tasks, n, ...]."""
         return self._given or (self.support_x, self.support_y, self.query_x, self.query_y)
 
-    @property
-    def row_shapes(self) -> tuple[torch.Size, torch.Size]:
-        """Of one row of x and of y."""
-        if self._given:
-            return self._given[0].shape[2:], self._given[1].shape[2:]
-        return self.support_x.shape[1:], self.support_y.shape[1:]
-
     # -- building ------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -105,13 +100,14 @@ class TaskBatch:
         """
         sx, sy = _tensor("support_x", support_x), _tensor("support_y", support_y)
         qx, qy = _tensor("query_x", query_x), _tensor("query_y", query_y)
-        sizes = _equal_sizes(sx.shape, sy.shape, qx.shape, qy.shape)
+        support_sizes, query_sizes, row_shapes = _equal_sizes(sx.shape, sy.shape, qx.shape, qy.shape)
         _check_device(sx, sy, qx, qy)
         batch = object.__new__(cls)  # all is checked, and every meta-iteration comes through here: rows are joined when asked for
         _set(batch, "_given", (sx, sy, qx, qy))
-        _set(batch, "support_sizes", sizes[0])
-        _set(batch, "query_sizes", sizes[1])
-        _set(batch, "ways", None if ways is None else _ways(ways, len(sizes[0])))
+        _set(batch, "support_sizes", support_sizes)
+        _set(batch, "query_sizes", query_sizes)
+        _set(batch, "row_shapes", row_shapes)
+        _set(batch, "ways", None if ways is None else _ways(ways, len(support_sizes)))
         _set(batch, "_cache", {})
         return batch
 
@@ -378,8 +374,8 @@ def _row_picker(offsets: list[int], chosen: list[int], device: torch.device):
 
 
 @lru_cache(maxsize=64)  # every meta-iteration comes with the same shapes
-def _equal_sizes(sx: Shape, sy: Shape, qx: Shape, qy: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """support_sizes and query_sizes of tensors [tasks, n, ...] of these shapes; ValueError where they do not fit together."""
+def _equal_sizes(sx: Shape, sy: Shape, qx: Shape, qy: Shape) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Shape, Shape]]:
+    """support_sizes, query_sizes and row_shapes of tensors [tasks, n, ...] of these shapes; ValueError where they do not fit together."""
     for name, shape in zip(NAMES, (sx, sy, qx, qy), strict=True):
         if len(shape) < 2:
             raise ValueError(
@@ -404,7 +400,7 @@ def _equal_sizes(sx: Shape, sy: Shape, qx: Shape, qy: Shape) -> tuple[tuple[int,
     for part, x in (("support", sx), ("query", qx)):
         if x[1] == 0:
             raise ValueError(f"task 0 has 0 {part} rows: every task needs at least one")
-    return (sx[1],) * sx[0], (qx[1],) * qx[0]
+    return (sx[1],) * sx[0], (qx[1],) * qx[0], (sx[2:], sy[2:])
 
 
 def _describe(value: Any) -> str:

@@ -115,7 +115,7 @@ def per_task(rows: Tensor, sizes: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
 def gradient_of(results: Results, key: str, parameter: Tensor) -> Tensor | None:
     """None where torch would give none. Rates of steps that did not run get zeros."""
     g = results.values.get(key)
-    if g is not None and g.shape != parameter.shape:
+    if g is not None and g.numel() != parameter.numel():
         g = torch.cat([g, torch.zeros_like(parameter[len(g) :])])
     return g
 

@@ -131,7 +131,7 @@ static Call prepare_call(const Instruction& in, const Worker& w, int64_t step, i
 static inline void run_instruction(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n,
                                    int64_t total) {
     w.tier->table[in.kernel](prepare_call(in, w, step, row0, n, total));
-    w.barrier->wait();  // a team of one does not wait
+    if (w.parts > 1) w.barrier->wait();
 }
 
 static void run_phase(const Phase& phase, const Worker& w) {
@@ -247,7 +247,12 @@ static void unpack(const Port& port, float* to, bool add, const Run& run, int pa
     }
 }
 
-// One meta-iteration half, as seen by thread `me` of `n`. Everything that crosses threads lies behind a barrier.
+struct alignas(64) Counter {  // threads that count different things do not share a line
+    std::atomic<int64_t> value{0};
+};
+
+// One meta-iteration half, as seen by thread `me` of `n`. Everything that crosses threads lies behind a barrier, or
+// behind a counter of the chunks that are done.
 struct Shared {
     const Plan& plan;
     const Run& run;
@@ -255,12 +260,14 @@ struct Shared {
     Shape shape{};
     std::vector<std::unique_ptr<Barrier>> teams{};
     std::unique_ptr<Barrier> all{};
-    std::atomic<int64_t> next{0};
-    std::vector<int64_t> current{};  // the chunk that each team works on
-    std::vector<char> begun{};       // chunks that summed at least one task
+    std::vector<Counter> counters{};  // what the next three point into
+    Counter* taken = nullptr;         // chunks of each team's share
+    Counter* current = nullptr;       // the chunk that each team works on
+    Counter* arrived = nullptr;       // by right half: halves of a sum that are complete
     std::atomic<bool> finite{true};
-    std::atomic<bool> ready{false};  // a small Plan: packed, the others may begin
-    std::atomic<int64_t> done{0};    // chunks
+    std::atomic<bool> ready{false};   // a small Plan: packed, the others may begin
+    bool small = false;               // see is_small
+    std::atomic<bool> summed{false};  // a small Plan: all chunks, into the first
     std::atomic<bool> bad{false};
     std::atomic<bool> again{false};  // a batch phase found tasks whose own share of a sum is not finite
 };
@@ -341,9 +348,38 @@ static void run_outside(Shared& s, bool after, int me, int n) {
     }
 }
 
-static float* accumulator(Shared& s, int64_t chunk) {
+static float* accumulator(const Shared& s, int64_t chunk) {
     char* at = s.run.work + s.shape.workers * (aligned(s.plan.run_bytes) + s.shape.team * aligned(s.plan.scratch_bytes));
     return reinterpret_cast<float*>(at + chunk * aligned(s.plan.accumulator_floats * 4));
+}
+
+// The sums of chunks c.. and c + width.. become one, in the place of the first: `n` floats from `begin` on.
+static void merge(const Shared& s, int64_t c, int64_t width, int64_t begin, int64_t n) {
+    float* sum = accumulator(s, c) + begin;
+    add_scaled(s.tier, sum, accumulator(s, c + width) + begin, 1.f, sum, n);
+}
+
+// Chunk c is done: what is complete with it is summed, in a tree that is always the same. True: that was all.
+static bool join(Shared& s, int64_t c) {
+    for (int64_t width = 1; width < s.shape.chunks; width *= 2) {
+        c -= c % (2 * width);
+        if (c + width >= s.shape.chunks) continue;  // no right half
+        if (s.arrived[c + width].value.fetch_add(1, std::memory_order_acq_rel) == 0) return false;
+        if (s.run.half == s.plan.halves - 1) merge(s, c, width, 0, s.plan.accumulator_floats);
+    }
+    return true;
+}
+
+// A team begins with its own share of the chunks, whose data and results lie together, and goes on with what others
+// have left.
+static int64_t next_chunk(Shared& s, int team) {
+    const int64_t chunks = s.shape.chunks, teams = s.shape.workers;
+    for (int64_t i = 0; i < teams; ++i) {
+        const int64_t of = (team + i) % teams, begin = chunks * of / teams, end = chunks * (of + 1) / teams;
+        const int64_t chunk = begin + s.taken[of].value.fetch_add(1);
+        if (chunk < end) return chunk;
+    }
+    return chunks;
 }
 
 static void run_tasks(Shared& s, int team, int part) {
@@ -354,9 +390,9 @@ static void run_tasks(Shared& s, int team, int part) {
     w.base.resize(kFirstTaskBase + s.plan.task_buffers.size());
     const bool sums = s.run.half == s.plan.halves - 1;
     for (;;) {
-        if (part == 0) s.current[team] = s.next.fetch_add(1);
+        if (part == 0) s.current[team].value.store(next_chunk(s, team), std::memory_order_relaxed);
         w.barrier->wait();
-        const int64_t chunk = s.current[team];
+        const int64_t chunk = s.current[team].value.load(std::memory_order_relaxed);
         if (chunk >= s.shape.chunks) return;
         const int64_t begin = s.run.tasks * chunk / s.shape.chunks, end = s.run.tasks * (chunk + 1) / s.shape.chunks;
         bool begun = false;
@@ -373,24 +409,28 @@ static void run_tasks(Shared& s, int team, int part) {
             w.barrier->wait();
         }
         if (part == 0) {
-            s.begun[chunk] = begun;
-            s.done.fetch_add(1, std::memory_order_release);
+            if (sums && !begun) std::memset(accumulator(s, chunk), 0, s.plan.accumulator_floats * sizeof(float));
+            if (s.small && join(s, chunk)) s.summed.store(true, std::memory_order_release);
         }
         w.barrier->wait();
     }
 }
 
+// The sums over all tasks go to their places: a share of each, in pieces that stay in a cache while their chunks are
+// merged as `join` does it.
 static void reduce(Shared& s, int part, int parts) {
+    constexpr int64_t kPiece = 2048;
     for (const Reduction& r : s.plan.reductions) {
         float* out = reinterpret_cast<float*>(s.run.meta + r.target);
-        const int64_t begin = r.count * part / parts, end = r.count * (part + 1) / parts;
-        for (int64_t i = begin; i < end; ++i) out[i] = 0.f;
-        for (int64_t chunk = 0; chunk < s.shape.chunks; ++chunk) {  // in batch order
-            if (!s.begun[chunk]) continue;
-            const float* from = accumulator(s, chunk) + r.offset;
-            for (int64_t i = begin; i < end; ++i) out[i] += from[i];
+        const int64_t lanes = r.count / kLane, end = lanes * (part + 1) / parts * kLane;
+        for (int64_t i = lanes * part / parts * kLane; i < end; i += kPiece) {
+            const int64_t n = end - i < kPiece ? end - i : kPiece;
+            if (!s.small)
+                for (int64_t width = 1; width < s.shape.chunks; width *= 2)
+                    for (int64_t c = 0; c + width < s.shape.chunks; c += 2 * width) merge(s, c, width, r.offset + i, n);
+            std::memcpy(out + i, accumulator(s, 0) + r.offset + i, n * sizeof(float));
+            if (!all_finite(out + i, n)) s.finite.store(false);
         }
-        if (!all_finite(out + begin, end - begin)) s.finite.store(false);
     }
 }
 
@@ -451,7 +491,7 @@ static void run_small(Shared& s, int me) {
     }
     if (me < s.shape.workers) run_tasks(s, me, 0);
     if (me != 0) return;
-    spin_until([&] { return s.done.load(std::memory_order_acquire) == s.shape.chunks; });
+    spin_until([&] { return s.summed.load(std::memory_order_acquire); });
     if (s.run.half != s.plan.halves - 1) return;
     reduce(s, 0, 1);
     run_outside(s, true, 0, 1);
@@ -472,8 +512,8 @@ bool execute(const Plan& plan, const Run& run, const Tier& tier) {
         s.shape = shape_of(plan, run.tasks, given);
         s.all.reset(new Barrier(meet));
         for (int i = 0; i < s.shape.workers; ++i) s.teams.emplace_back(new Barrier(s.shape.team));
-        s.current.assign(s.shape.workers, 0);
-        s.begun.assign(s.shape.chunks, 0);
+        s.counters = std::vector<Counter>(2 * s.shape.workers + s.shape.chunks);
+        s.taken = s.counters.data(), s.current = s.taken + s.shape.workers, s.arrived = s.current + s.shape.workers;
     };
     if (threads == 1) {
         prepare(1, 1);
@@ -482,6 +522,7 @@ bool execute(const Plan& plan, const Run& run, const Tier& tier) {
     }
 #ifdef _OPENMP
     if (is_small(plan, shape_of(plan, run.tasks, threads))) {
+        s.small = true;
         prepare(threads, 1);
 #pragma omp parallel num_threads(threads)
         run_small(s, omp_get_thread_num());

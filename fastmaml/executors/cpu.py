@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,14 +37,16 @@ class Workspace:
     """Memory of one caller: the packed leaves and gradients, the arenas of the workers, what is kept per task.
 
     pointers   of the task buffers; those of one call's data and results are filled in anew
-    results    (task buffer, its name, shape) of what a call leaves behind
+    results    (task buffer, its name, template) of what a call leaves behind
+    finite     template of the flags of the tasks
     """
 
     meta: Tensor
     work: Tensor
     kept: dict[str, Tensor]
     pointers: list[int]
-    results: list[tuple[int, str, tuple[int, ...]]]
+    results: list[tuple[int, str, Tensor]]
+    finite: Tensor
 
 
 @dataclass
@@ -77,6 +80,8 @@ class Prepared:
         known = {*_DATA, *(name for _, name in (*self.leaves, *self.results)), "dlogits"}
         self.kept = [(at[name], name) for name in self.task_buffers if name not in known]
         self.dlogits = at.get("dlogits")
+        shapes = {name: ((b.steps,) if b.steps else ()) + b.shape for name in self.outputs for b in (plan.buffers[name],)}
+        self.gradients = {name: _template(shape) for name, shape in shapes.items()}
         self.idle: dict[tuple[int, ...], list[Workspace]] = {}
 
     def sizes(self, key: tuple[int, ...]) -> tuple[int, int, dict[str, int]]:
@@ -98,8 +103,8 @@ class Prepared:
         pointers = [0] * len(self.task_buffers)
         for i, name in self.kept:
             pointers[i] = _aligned(arrays[name])
-        results = [(i, name, self._shape(name, key[0], key[3])) for i, name in self.results]
-        return Workspace(_bytes(meta), _bytes(work), arrays, pointers, results)
+        results = [(i, name, _template(self._shape(name, key[0], key[3]))) for i, name in self.results]
+        return Workspace(_bytes(meta), _bytes(work), arrays, pointers, results, _template((key[0],), torch.bool))
 
     def _shape(self, name: str, tasks: int, query: int) -> tuple[int, ...]:
         """Of a result, its rows padded where it is an array of each task (see ``shaped``)."""
@@ -135,8 +140,15 @@ def _aligned(tensor: Tensor) -> int:
     return (tensor.data_ptr() + 63) // 64 * 64
 
 
-def _key(batch: TaskBatch, threads: int) -> tuple[int, ...]:
-    return len(batch), threads, sum(batch.support_sizes), sum(batch.query_sizes)
+def _template(shape: tuple[int, ...], dtype: torch.dtype = _REAL) -> Tensor:
+    """Of one element. torch.empty_like of it takes half of torch.empty's time, and a small network feels that."""
+    return torch.empty((), dtype=dtype).expand(shape)
+
+
+@lru_cache(maxsize=256)
+def _keys(support: tuple[int, ...], query: tuple[int, ...], threads: int) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Of the lowering: its capacity; of the workspace: tasks, threads, rows."""
+    return (max(support), max(query)), (len(support), threads, sum(support), sum(query))
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -180,28 +192,27 @@ class CpuExecutor:
 
     def memory(self, batch: TaskBatch) -> dict[str, int]:
         """Bytes that a call lays out and keeps for the next one, beside the caller's tensors and the results."""
-        prepared = self.prepared(max(batch.support_sizes), max(batch.query_sizes))
-        meta, work, kept = prepared.sizes(_key(batch, self.threads or torch.get_num_threads()))
+        capacity, key = _keys(batch.support_sizes, batch.query_sizes, self.threads or torch.get_num_threads())
+        meta, work, kept = self.prepared(*capacity).sizes(key)
         return {"parameters and gradients, packed": meta, "tasks in flight, and partial sums": work, "kept for every task": sum(kept.values())}
 
     # ------------------------------------------------------------------------------------------------------- running
     def forward(self, call: Call) -> Results:
-        batch = call.batch
-        prepared = self.prepared(max(batch.support_sizes), max(batch.query_sizes))
-        threads = self.threads or torch.get_num_threads()
-        key = _key(batch, threads)
+        batch, threads = call.batch, self.threads or torch.get_num_threads()
+        capacity, key = _keys(batch.support_sizes, batch.query_sizes, threads)
+        prepared = self.prepared(*capacity)
         workspace = prepared.take(key)
         pointers, stored, data, values = workspace.pointers, batch.stored(), {}, {}
         for i, part, dtype in prepared.data:
             data[i] = tensor = _as(stored[part], dtype)
             pointers[i] = tensor.data_ptr()
-        for i, name, shape in workspace.results:
-            values[name] = tensor = torch.empty(shape, dtype=_REAL)
+        for i, name, template in workspace.results:
+            values[name] = tensor = torch.empty_like(template)
             pointers[i] = tensor.data_ptr()
         for i, name in prepared.leaves:
             data[i] = tensor = _as(call.leaves[name], _REAL)
             pointers[i] = tensor.data_ptr()
-        finite = torch.empty(len(batch), dtype=torch.bool)
+        finite = torch.empty_like(workspace.finite)
         gradients = self._gradients(prepared, call) if self.plan.entries == 1 else {}
         all_finite = self._execute(prepared, call, 0, threads, workspace, gradients, finite)
         if call.record:
@@ -224,27 +235,23 @@ class CpuExecutor:
                 raise RuntimeError(f"{name} was changed in place between forward and backward: pass a copy to maml(...)")
         threads = self.threads or torch.get_num_threads()
         joined = torch.cat([d.to(torch.float32) for d in dlogits]).contiguous()
-        values = {name: torch.empty(shape, dtype=_REAL) for _, name, shape in kept.results if name.startswith("grad.")}  # of a task's own leaves
+        values = {name: torch.empty_like(template) for _, name, template in kept.results if name.startswith("grad.")}  # of a task's own leaves
         pointers = kept.pointers.copy()
         for i, name, _ in kept.results:
             pointers[i] = values[name].data_ptr() if name in values else 0
         pointers[prepared.dlogits] = joined.data_ptr()
         gradients, finite = self._gradients(prepared, call), state.finite.clone()
         # the workspace was laid out for the forward half's threads; kept and packed arrays do not depend on them
-        work = _bytes(prepared.sizes(_key(call.batch, threads))[1])
-        workspace = Workspace(kept.meta, work, kept.kept, pointers, kept.results)
+        work = _bytes(prepared.sizes(_keys(call.batch.support_sizes, call.batch.query_sizes, threads)[1])[1])
+        workspace = Workspace(kept.meta, work, kept.kept, pointers, kept.results, kept.finite)
         all_finite = self._execute(prepared, call, 1, threads, workspace, gradients, finite)
         return Results({**prepared.shaped(values), **gradients}, finite, None, self.name, all_finite)
 
     def _execute(self, prepared: Prepared, call: Call, half: int, threads: int, w: Workspace, gradients: dict, finite: Tensor) -> bool:
         """Whether all tasks are finite."""
         batch, weights, sinks = call.batch, call.task_weights, bool(call.sinks)
-        inputs = []
-        for name in prepared.inputs:
-            found = call.leaves.get(name)
-            if found is None:
-                found = call.rates[name] if name in call.rates else call.weights[name]
-            inputs.append(_as(found, _REAL))
+        given = {**call.weights, **call.rates, **call.leaves}
+        inputs = [_as(given[name], _REAL) for name in prepared.inputs]
         arguments = (
             batch.support_offsets.data_ptr(),
             batch.query_offsets.data_ptr(),
@@ -269,15 +276,9 @@ class CpuExecutor:
     # ------------------------------------------------------------------------------------------------------- arrays
     def _gradients(self, prepared: Prepared, call: Call) -> dict[str, Tensor]:
         """Where the gradients go: the caller's own arrays (added to), or new ones."""
-        out = {}
-        for name in prepared.outputs:
-            if call.sinks:
-                if name in call.sinks:
-                    out[name] = call.sinks[name]
-            else:
-                buffer = self.plan.buffers[name]
-                out[name] = torch.empty((buffer.steps, *buffer.shape) if buffer.steps else buffer.shape)
-        return out
+        if call.sinks:
+            return {name: call.sinks[name] for name in prepared.outputs if name in call.sinks}
+        return {name: torch.empty_like(template) for name, template in prepared.gradients.items()}
 
     def _masks(self, prepared: Prepared, workspace: Workspace, batch) -> dict:
         """The recorded decisions: (buffer, step) -> one tensor per task, bool of a ReLU, int64 of a pooling."""

@@ -43,27 +43,36 @@ struct Output {
     bool begun;
 };
 
+// Unrolled by order: see outer_tile.
 template <int R, int C>
 inline void tile_of_pixels(const Run* runs, int n, int64_t k, int64_t width, int64_t first, int64_t col,
                            const Output& out) {
     vec acc[R][C];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
         for (int c = 0; c < C; ++c) acc[r][c] = vec{};
     for (int run = 0; run < n; ++run) {
         const float* x[R];
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) x[r] = runs[run].x + runs[run].at[first + r];
         const float* w = runs[run].w + col;
         for (int64_t i = 0; i < k; ++i, w += width) {
             vec b[C];
+#pragma GCC unroll 16
             for (int c = 0; c < C; ++c) b[c] = load(w + c * VL);
+#pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 const vec a = splat(x[r][i]);
+#pragma GCC unroll 16
                 for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
             }
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         float* y = out.y + out.at[first + r] + col;
+#pragma GCC unroll 16
         for (int c = 0; c < C; ++c) {
             if (out.begun) acc[r][c] = load(y + c * VL) + acc[r][c];
             if (!out.begun && out.bias) acc[r][c] = load(out.bias + col + c * VL) + acc[r][c];

@@ -165,39 +165,36 @@ static inline void product(int64_t n, int64_t cols, const Pair* pairs, int n_pai
 }
 
 // ---------------------------------------------------------------------------------------------------- transpose
+// Up to 16 x 16, columns in fours: dst[j][i] = src[i][j] for j < cols, zero for i >= rows
 #if defined(__AVX512F__)
-static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, float* dst, int64_t ldd) {
-    __m512 a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_loadu_ps(src + i * lds) : _mm512_setzero_ps();
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            const __m512d lo = _mm512_castps_pd(b[i + j]), hi = _mm512_castps_pd(b[i + j + 2]);
-            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
-            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, int64_t cols, float* dst, int64_t ldd) {
+    for (int64_t j = 0; j < cols; j += 4) {
+        __m512 a[4], b[4];
+        for (int i = 0; i < 4; ++i) {  // lane l of a[i]: columns j.. of row 4l + i, so that only lanes are transposed
+            const float* at = src + i * lds + j;
+            a[i] = i < rows ? _mm512_zextps128_ps512(_mm_loadu_ps(at)) : _mm512_setzero_ps();
+            if (4 + i < rows) a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x00f0, _mm_loadu_ps(at + 4 * lds));
+            if (8 + i < rows) a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x0f00, _mm_loadu_ps(at + 8 * lds));
+            if (12 + i < rows) a[i] = _mm512_mask_broadcast_f32x4(a[i], 0xf000, _mm_loadu_ps(at + 12 * lds));
         }
-    // a[4g + j] holds, in each 128-bit lane l, column 4l + j of rows 4g..4g+3
-    for (int j = 0; j < 4; ++j) {
-        const __m512 t0 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), t1 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
-        const __m512 t2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
-        const __m512 t3 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
-        _mm512_storeu_ps(dst + (0 + j) * ldd, _mm512_shuffle_f32x4(t0, t2, 0x88));
-        _mm512_storeu_ps(dst + (4 + j) * ldd, _mm512_shuffle_f32x4(t1, t3, 0x88));
-        _mm512_storeu_ps(dst + (8 + j) * ldd, _mm512_shuffle_f32x4(t0, t2, 0xdd));
-        _mm512_storeu_ps(dst + (12 + j) * ldd, _mm512_shuffle_f32x4(t1, t3, 0xdd));
+        for (int i = 0; i < 4; i += 2) {
+            b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+            b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+        }
+        for (int i = 0; i < 2; ++i) {
+            const __m512d lo = _mm512_castps_pd(b[i]), hi = _mm512_castps_pd(b[i + 2]);
+            _mm512_storeu_ps(dst + (j + 2 * i) * ldd, _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi)));
+            _mm512_storeu_ps(dst + (j + 2 * i + 1) * ldd, _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi)));
+        }
     }
 }
 #else
-// 16 x 16 as sixteen 4 x 4 pieces
-static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, float* dst, int64_t ldd) {
+static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, int64_t cols, float* dst, int64_t ldd) {
     typedef float quad __attribute__((vector_size(16)));
     typedef float uquad __attribute__((vector_size(16), aligned(4), may_alias));
     typedef int32_t iquad __attribute__((vector_size(16)));
     for (int64_t i = 0; i < 16; i += 4)
-        for (int64_t j = 0; j < 16; j += 4) {
+        for (int64_t j = 0; j < cols; j += 4) {
             quad r[4];
             for (int64_t q = 0; q < 4; ++q)
                 r[q] = i + q < rows ? *reinterpret_cast<const uquad*>(src + (i + q) * lds + j) : quad{};
@@ -222,7 +219,8 @@ static inline void transpose_piece(const float* w, int64_t width, int64_t inputs
     }
     for (int64_t i = 0; i < cols; i += 16)
         for (int64_t j = 0; j < outs; j += 16)
-            transpose_tile(w + i * width + j, width, inputs - i, piece + j * cols + i, cols);
+            transpose_tile(w + i * width + j, width, inputs - i, outs - j < 16 ? outs - j : 16, piece + j * cols + i,
+                           cols);
 }
 
 // ---------------------------------------------------------------------------------------------------- outer products
@@ -242,27 +240,35 @@ struct Epilogue {       // what is stored: acc, or base + scale acc
     float scale;
 };
 
+// Unrolled by order: left to itself, GCC 12 takes all of acc through the stack before and after the sum.
 template <int R, int C>
 static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, int64_t k, float* dw, int64_t ldw,
                               const Epilogue& e) {
     vec acc[R][C];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
         for (int c = 0; c < C; ++c) acc[r][c] = e.from ? load(e.from + r * ldw + c * VL) : vec{};
     for (int t = 0; t < n_terms; ++t) {
         for (int64_t line = 0; line < terms[t].lines; ++line) {
             const float *x = terms[t].x + k + line * terms[t].x_line, *d = terms[t].d + line * terms[t].d_line;
             for (int64_t i = 0; i < n; ++i, x += terms[t].ldx, d += terms[t].ldd) {
                 vec b[C];
+#pragma GCC unroll 16
                 for (int c = 0; c < C; ++c) b[c] = load(d + c * VL);
+#pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
                     const vec a = splat(x[r]);
+#pragma GCC unroll 16
                     for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
                 }
             }
         }
     }
     const vec scale = splat(e.scale);
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
         for (int c = 0; c < C; ++c) {
             const int64_t at = r * ldw + c * VL;
             const vec sum = e.plus ? load(e.plus + at) + acc[r][c] : acc[r][c];
