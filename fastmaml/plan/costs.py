@@ -31,6 +31,7 @@ ELEMENTWISE: Mapping[str, int] = {  # by kernel, or by op for all its modes
     "batchnorm_bwd_stats_jvp": 10,
     "batchnorm_bwd_input_jvp": 8,
     "batchnorm_maxpool2d_fwd": 1,
+    "batchnorm_maxpool2d_replay": 0,
     "batchnorm_maxpool2d_bwd_input": 5,
     "batchnorm_maxpool2d_bwd_input_jvp": 10,
     **{f"{op}_{mode}": n for op in ("layernorm", "groupnorm") for mode, n in _ROWNORM.items()},

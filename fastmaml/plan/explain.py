@@ -17,7 +17,7 @@ from fastmaml.plan.memory import plan_bytes
 
 __all__ = ["Cost", "costs", "explain"]
 
-WIDTH, SHAPES = 100, 47  # of the page, of the column of shapes
+WIDTH, NAME, SHAPES = 100, 26, 47  # of the page, of the columns of kernels and of shapes
 SHORT = {"scratch": "scr", "block": "blk"}
 
 
@@ -112,12 +112,12 @@ def _alike(plan: Plan, group: Group) -> dict[tuple[str, str, str, int], list[Ins
         buffers = [plan.buffers[ref.buffer] for ref in instr.writes()]
         slots = {b.home for b in buffers if b.steps}
         homes = dict.fromkeys(SHORT.get(b.home, b.home) + ("/k" if b.home in slots else "") for b in buffers)
-        key = (instr.kernel, _shapes(plan, instr), ",".join(homes), i if group.rows else -1)
+        key = (instr.kernel, _shapes(plan, instr, SHAPES - max(len(instr.kernel) + 2 - NAME, 0)), ",".join(homes), i if group.rows else -1)
         out.setdefault(key, []).append(instr)
     return out
 
 
-def _shapes(plan: Plan, instr: Instruction) -> str:
+def _shapes(plan: Plan, instr: Instruction, room: int) -> str:
     """Shapes of the operands -> of the results, equal ones counted; vectors give way where the line gets too long."""
 
     def show(refs: Iterable[Ref], brief: bool) -> str:
@@ -129,9 +129,9 @@ def _shapes(plan: Plan, instr: Instruction) -> str:
 
     for brief in (False, True):
         text = f"{show(instr.reads(), brief)} -> {show(instr.writes(), brief)}".strip()
-        if len(text) <= SHAPES:
+        if len(text) <= room:
             return text
-    return text[: SHAPES - 3] + "..."
+    return text[: room - 3] + "..."
 
 
 def _shape(buffer: Buffer) -> str:
@@ -144,8 +144,8 @@ def _total(what: str, rows: list[Cost]) -> str:
 
 
 def _row(what: str, shapes: str, flops: str, size: str, home: str = "") -> str:
-    left = f"{what:<26} {shapes:<{SHAPES}}" if shapes else f"{what:<{SHAPES + 27}}"
-    return f"{left} {flops:>6} {size:>7} {home}".rstrip()
+    left = f"{what:<{NAME}} {shapes}" if shapes else what
+    return f"{left:<{NAME + 1 + SHAPES}} {flops:>6} {size:>7} {home}".rstrip()
 
 
 # -- memory and time ---------------------------------------------------------------------------------------------------
