@@ -21,7 +21,7 @@ def _loss(w: Workload) -> Callable[[Tensor, Tensor], Tensor]:
 
 def plain_loop(model: nn.Module, w: Workload) -> Step:
     """Task by task, torch.autograd.grad with create_graph: what a loop of one's own, higher or learn2learn do."""
-    loss_fn = _loss(w)
+    loss_fn, adapted = _loss(w), w.adapted(model)
 
     def step(tasks: Tasks) -> Tensor:
         params = dict(model.named_parameters())
@@ -30,8 +30,8 @@ def plain_loop(model: nn.Module, w: Workload) -> Step:
             fast = params
             for _ in range(w.inner_steps):
                 inner = loss_fn(functional_call(model, fast, (sx,)), sy)
-                grads = torch.autograd.grad(inner, list(fast.values()), create_graph=True)
-                fast = {n: v - w.inner_lr * g for (n, v), g in zip(fast.items(), grads, strict=True)}
+                grads = torch.autograd.grad(inner, [fast[n] for n in adapted], create_graph=True)
+                fast = fast | {n: fast[n] - w.inner_lr * g for n, g in zip(adapted, grads, strict=True)}
             total = total + loss_fn(functional_call(model, fast, (qx,)), qy) / len(tasks[0])
         total.backward()
         return total.detach()
@@ -39,15 +39,29 @@ def plain_loop(model: nn.Module, w: Workload) -> Step:
     return step
 
 
+def channels_last_loop(model: nn.Module, w: Workload) -> Step:
+    """plain_loop with weights and images in torch's channels-last layout."""
+    loop = plain_loop(model.to(memory_format=torch.channels_last), w)
+
+    def images(x: Tensor) -> list[Tensor]:  # of each task: a fifth dimension has no such layout
+        return [v.contiguous(memory_format=torch.channels_last) for v in x]
+
+    def step(tasks: Tasks) -> Tensor:
+        sx, sy, qx, qy = tasks
+        return loop((images(sx), sy, images(qx), qy))
+
+    return step
+
+
 def _task_loss(model: nn.Module, w: Workload) -> Callable[..., Tensor]:
-    loss_fn = _loss(w)
+    loss_fn, adapted = _loss(w), w.adapted(model)
 
     def task_loss(params: dict[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-        fast = params
+        fast = {n: params[n] for n in adapted}
         for _ in range(w.inner_steps):
-            g = grad(lambda p: loss_fn(functional_call(model, p, (sx,)), sy))(fast)
+            g = grad(lambda p: loss_fn(functional_call(model, params | p, (sx,)), sy))(fast)
             fast = {n: fast[n] - w.inner_lr * g[n] for n in fast}
-        return loss_fn(functional_call(model, fast, (qx,)), qy)
+        return loss_fn(functional_call(model, params | fast, (qx,)), qy)
 
     return task_loss
 
@@ -107,17 +121,18 @@ def compiled_vmap(model: nn.Module, w: Workload) -> Step:
     return step
 
 
-def _maml(model: nn.Module, w: Workload) -> fastmaml.MAML:
-    return fastmaml.MAML(model, inner_lr=w.inner_lr, inner_steps=w.inner_steps, loss=w.loss)
+def maml_of(w: Workload, model: nn.Module | None = None) -> fastmaml.MAML:
+    model = w.model() if model is None else model
+    return fastmaml.MAML(model, inner_lr=w.inner_lr, inner_steps=w.inner_steps, loss=w.loss, adapt=list(w.adapt))
 
 
 def fastmaml_meta_grad(model: nn.Module, w: Workload) -> Step:
-    maml = _maml(model, w)
+    maml = maml_of(w, model)
     return lambda tasks: maml.meta_grad(tasks).loss
 
 
 def fastmaml_backward(model: nn.Module, w: Workload) -> Step:
-    maml = _maml(model, w)
+    maml = maml_of(w, model)
 
     def step(tasks: Tasks) -> Tensor:
         out = maml(tasks)
@@ -129,3 +144,4 @@ def fastmaml_backward(model: nn.Module, w: Workload) -> Step:
 
 OURS = {"fastmaml meta_grad": fastmaml_meta_grad, "fastmaml backward()": fastmaml_backward}
 PEERS = {"plain loop": plain_loop, "torch.func loop": func_loop, "torch.func vmap": func_vmap, "torch.compile(vmap)": compiled_vmap}
+CONV_PEERS = {"plain loop": plain_loop, "loop, channels last": channels_last_loop} | PEERS

@@ -1,4 +1,4 @@
-"""What `make demo` shows: the sinusoid, the letters, the same meta-iteration by hand. Two minutes, no download.
+"""What `make demo` shows: the sinusoid, the letters, the same meta-iteration by hand. Three minutes, no download.
 
 python examples/demo.py [--seed S] [--out FOLDER] [--quick]
 """

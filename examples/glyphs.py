@@ -1,6 +1,6 @@
 """5-way 1-shot letters: trained on Latin, Greek and Cyrillic, tested on Georgian and Armenian.
 
-The network is learn2learn's fully connected one, the letters come from matplotlib's own fonts: nothing is downloaded.
+A small convolutional network; the letters come from matplotlib's own fonts: nothing is downloaded.
 
 python examples/glyphs.py [--iterations N] [--seed S] [--out FOLDER]
 """
@@ -17,17 +17,23 @@ from tqdm import trange
 import fastmaml
 from fastmaml.tasks.episodes import nearest_neighbour
 
-ITERATIONS = 2000
+ITERATIONS = 1500
 INNER_LR = 0.1
+META_LR = 0.01  # this rate was chosen with Greek held out of training, not on the test alphabets
 QUERIES = 5  # per class, in training and in testing
 
 Curve = list[tuple[int, float, float]]  # iteration, accuracy on training tasks (mean since the last), on new alphabets
 
 
+def network() -> torch.nn.Module:
+    """Four times [conv 3x3 of 16 filters, stride 2 -> batch normalisation -> ReLU], then a linear layer."""
+    return fastmaml.nn.conv4(ways=5, filters=16, stride=2)
+
+
 def train(iterations: int, seed: int) -> tuple[fastmaml.MAML, Curve]:
     torch.manual_seed(seed)
-    maml = fastmaml.MAML(fastmaml.nn.OmniglotFC(ways=5), inner_lr=INNER_LR, inner_steps=1, backend="cpu")
-    optimizer = torch.optim.Adam(maml.parameters(), lr=3e-3)
+    maml = fastmaml.MAML(network(), inner_lr=INNER_LR, inner_steps=1, backend="cpu")
+    optimizer = torch.optim.Adam(maml.parameters(), lr=META_LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     source = fastmaml.tasks.Glyphs("train", ways=5, shots=1, queries=QUERIES, tasks=32, seed=seed)
     new = fastmaml.tasks.Glyphs("test", ways=5, shots=1, queries=QUERIES, seed=seed + 1).sample(100)
@@ -107,7 +113,7 @@ def draw_task(maml: fastmaml.MAML, seed: int, path: Path) -> Path:
 
 
 def main(iterations: int, seed: int, out: Path) -> tuple[fastmaml.MAML, list[Path]]:
-    print(f"Glyphs: letters, 5-way 1-shot, 1 inner step, {iterations} iterations of 32 tasks")
+    print(f"Glyphs: letters, 5-way 1-shot, convolutional network, 1 inner step, {iterations} iterations of 32 tasks")
     maml, curve = train(iterations, seed)
     results = evaluate(maml, seed)
     print("   accuracy on 600 tasks of alphabets never seen in training (Georgian, Armenian)")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from glyphs import INNER_LR, network
 from torch.func import functional_call
 
 import fastmaml
@@ -92,10 +93,10 @@ def compare(maml: fastmaml.MAML, inner_lr: float, tasks: fastmaml.TaskBatch, rou
         print(f"   {label:30s}{error:22.1e}{1e3 * elapsed:10.1f} ms{peer / elapsed:8.1f}x")
 
 
-def main(maml: fastmaml.MAML | None = None, inner_lr: float = 0.1, seed: int = 0) -> None:
+def main(maml: fastmaml.MAML | None = None, inner_lr: float = INNER_LR, seed: int = 0) -> None:
     if maml is None:
         torch.manual_seed(seed)
-        maml = fastmaml.MAML(fastmaml.nn.OmniglotFC(ways=5), inner_lr=inner_lr, inner_steps=1)
+        maml = fastmaml.MAML(network(), inner_lr=inner_lr, inner_steps=1, backend="cpu")
     tasks = fastmaml.tasks.Glyphs("train", ways=5, shots=1, queries=5, tasks=32, seed=seed + 4).sample()
     print("The same meta-iteration, 32 tasks: error of the meta-gradient (median task), then time")
     compare(maml, inner_lr, tasks)

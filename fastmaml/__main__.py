@@ -21,7 +21,7 @@ from fastmaml.executors import cpu as cpu_executor
 
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # and every FASTMAML_*
 RUNS = {
-    "cpu": "native kernels, float32",
+    "cpu": "native kernels, float32: fully connected and convolutional networks",
     "torch": "any traced model, any dtype and device; not fast",
     "autograd": "any nn.Module; not fast",
 }

@@ -41,6 +41,18 @@ def test_alone(tmp_path: Path, name: str) -> None:
     assert "new/folder/" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_same_by_hand(tmp_path: Path) -> None:
+    """The network of the letters, both ways: agreement and a time in every row, the baseline's speed is 1."""
+    done = run(tmp_path, "plain_torch.py")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    rows = re.findall(r"^ +(plain torch loop|fastmaml), \d threads? +(\S+) +([\d.]+) ms +([\d.]+)x$", done.stdout, re.M)
+    assert {row[0] for row in rows} == {"plain torch loop", "fastmaml"}
+    assert all(float(error) < 1e-4 and float(elapsed) > 0 for _, error, elapsed, _ in rows)
+    assert max(float(speed) for name, _, _, speed in rows if name == "plain torch loop") == 1.0
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

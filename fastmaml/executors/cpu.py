@@ -1,4 +1,4 @@
-"""The ``cpu`` executor: fully connected networks in float32, one native call per half of a meta-iteration.
+"""The ``cpu`` executor: fully connected and convolutional networks in float32, one native call per half of a meta-iteration.
 
 The Plan is lowered once per capacity (the largest task) to flat numbers; a call fills in pointers. Workspaces are kept and reused, one for each
 caller at a time, so that several threads may run one object.

@@ -14,7 +14,7 @@ from fastmaml.batch import check_count
 from fastmaml.maml import MAML
 from fastmaml.tasks import Glyphs, Omniglot, Sinusoid
 
-# Sinusoid: cbfinn/maml. Glyphs: examples/glyphs.py. Omniglot: learn2learn's fully connected network.
+# Sinusoid: cbfinn/maml. Glyphs, Omniglot: learn2learn's fully connected network.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "sinusoid": dict(iterations=15000, shots=10, queries=10, tasks=25, inner_lr=0.01, lr=1e-3),
     "glyphs": dict(iterations=2000, ways=5, shots=1, queries=5, tasks=32, inner_lr=0.1, lr=3e-3),
