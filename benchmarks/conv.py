@@ -160,6 +160,8 @@ def held_out(w: Workload, model: torch.nn.Module, source: Omniglot, tasks: int, 
 
 
 def training(args: argparse.Namespace, out: Path | None) -> None:
+    """The first losses stand beside those of the same loop in float64. They agree to rounding and then part, at an iteration that chance decides: Adam's first
+    step is the sign of the gradient, so that a weight whose gradient is within rounding of zero may go the other way, in plain torch as in fastmaml."""
     batch, tasks = (4, 100) if args.quick else (32, HELD_OUT)
     if args.quick:
         args.iterations, args.seeds = min(args.iterations, 2 * TURN), min(args.seeds, 2)
