@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import assume, given
+from hypothesis import strategies as st
 from random_programs import Case, error, examples, gradients, norm, numbers_for, random_case, randoms
 from torch import Tensor
 
@@ -95,11 +96,43 @@ def test_random_programs() -> None:
     assert statistics.median(judged) <= 1e-6
 
 
+def test_random_images() -> None:
+    """Convolutions, and what may come around them."""
+    errors: list[float] = []
+
+    @examples(520)
+    @given(randoms())
+    def check(rng) -> None:
+        case, n = random_case(rng, conv=True, native=True), len(errors)
+        errors.append(masks_equal_error(case, 1e-5, threads=n % 3 + 1, block_rows=(None, 1, 4)[n // 3 % 3]))
+
+    check()
+    judged = [e for e in errors if e >= 0]
+    assert len(judged) >= 500 and sum(e > 1e-5 for e in judged) <= 0.04 * len(judged)
+    assert statistics.median(judged) <= 1e-6
+
+
+@examples(60)
+@given(randoms(), st.booleans(), st.sampled_from(["evaluate", "adapt"]))
+def test_random_programs_without_gradients(rng, conv: bool, entry: str) -> None:
+    """What comes out is the torch executor's to float32's rounding."""
+    case = random_case(rng, conv=conv, native=True, query_from=None)
+    plan, call = case.plan(entry=entry), case.call(torch.float32)
+    got = CpuExecutor(plan, threads=2, block_rows=rng.choice([None, 1, 4])).forward(call).values
+    exact, plain = TorchExecutor(plan).forward(case.call()).values, TorchExecutor(plan).forward(call).values
+    assert got.keys() == exact.keys()
+    for name, truth in exact.items():
+        if name != "correct" and torch.isfinite(truth).all():
+            allowed = 10 * error({name: plain[name]}, {name: truth}, ZERO) + 1e-5
+            assert error({name: got[name]}, {name: truth}, ZERO) <= allowed, name
+
+
+@pytest.mark.parametrize("conv", [False, True], ids=["rows", "images"])
 @examples(40)
 @given(randoms())
-def test_random_halves(rng) -> None:
+def test_random_halves(conv: bool, rng) -> None:
     """The two-entry Plan, around a torch loss that is the built-in one: the same gradients as the one-entry Plan's."""
-    case = dataclasses.replace(random_case(rng, native=True, loss=Loss(), query_from=None), task_weights=None)
+    case = dataclasses.replace(random_case(rng, conv=conv, native=True, loss=Loss(), query_from=None), task_weights=None)
     plan = case.plan(entry="halves")
     crashes = any(i.kernel.endswith("relu_fwd") and i.outputs[0] is None for _, i in plan.instructions())
     assume(not crashes and all(leaf.home == "meta" for leaf in case.program.leaves))  # see the two tests below
@@ -209,6 +242,33 @@ def same(a: Results, b: Results, names=None) -> None:
         assert torch.equal(a.values[name], b.values[name]), f"{name} has other bits"
 
 
+def ragged_images(option: str = "second") -> Case:
+    """9 tasks of many sizes through convolutions, pooled norms, a residual, padded channels; their own, and shared statistics."""
+    options = {"second": {}, "first": {"first_order": True}, "fast": {"memory": "fast"}, "steps": {"query_from": 0}, "support": {}}[option]
+    b, statistics = ProgramBuilder((2, 9, 7)), "support" if option == "support" else "batch"
+
+    def leaf(name: str, *shape: int) -> int:
+        return b.leaf(name, shape, "outer" if name == "gamma" else "adapted")
+
+    v = b.op("conv2d", 0, leaf("w1", 17, 2, 3, 3), leaf("b1", 17), stride=(1, 1), padding=(1, 1, 1, 1))
+    v = b.op("relu", b.op("batchnorm", v, leaf("gamma", 17), leaf("beta", 17), eps=1e-2, statistics=statistics))
+    v = b.op("maxpool2d", v, kernel=(2, 2), stride=(2, 2), padding=(0, 0))
+    u = b.op("conv2d", v, leaf("w2", 17, 17, 3, 3), stride=(1, 1), padding=(1, 1, 1, 1))
+    v = b.op("add", v, b.op("elu", b.op("groupnorm", u, leaf("g2", 17), eps=1e-2, groups=1), alpha=1.0))
+    v = b.op("maxpool2d", b.op("relu", v), kernel=(2, 2), stride=(1, 1), padding=(0, 1))
+    v = b.op("reshape", v, shape=(b.values[v].numel,))
+    program = b.build(b.op("linear", v, leaf("head", 5, b.values[v].numel), leaf("bias", 5)))
+    rates = {leaf.name: Rate(f"lr.{leaf.name}", (), True, True) for leaf in program.leaves if leaf.role == "adapted"}
+    sizes = [(2 + 5 * t % 7, 1 + 7 * t % 5) for t in range(9)]
+    case = numbers_for(program, Arrangement(steps=2, rates=rates, **options), 2, sizes, ways=[2 + t % 4 for t in range(9)], rate=0.05)
+    return dataclasses.replace(case, leaves={**case.leaves, "gamma": case.leaves["gamma"] + 0.5 * torch.randn(17).sign()})
+
+
+def ragged(option: str) -> Case:
+    kind, _, option = option.rpartition("-")
+    return ragged_images(option) if kind else ragged_case(option)
+
+
 def ragged_case(option: str = "second") -> Case:
     """17 tasks of many sizes through a network with expressions, batch normalisation, a residual, ways."""
     options = {"second": {}, "first": {"first_order": True}, "fast": {"memory": "fast"}, "steps": {"query_from": 0}}
@@ -225,12 +285,12 @@ def ragged_case(option: str = "second") -> Case:
     return numbers_for(program, a, 2, sizes, ways=[2 + t % 4 for t in range(17)], rate=0.1)
 
 
-OPTIONS = ("second", "first", "fast", "steps", "factored")
+OPTIONS = ("second", "first", "fast", "steps", "factored", *(f"images-{o}" for o in ("second", "first", "fast", "steps", "support")))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_bits_do_not_depend_on_threads_or_runs(option: str) -> None:
-    case = ragged_case(option)
+    case = ragged(option)
     call, plan = case.call(torch.float32), case.plan()
     first = CpuExecutor(plan, threads=1).forward(call)
     for threads in (1, 2, 3, 16, 40):  # 40: teams share a task
@@ -266,7 +326,7 @@ def test_nothing_is_laid_out_that_no_call_touches(steps: int) -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_blocks_of_rows(option: str, block_rows: int) -> None:
     """Reductions over blocks round differently, but each size of block has its own bits for any number of threads."""
-    case = ragged_case(option)
+    case = ragged(option)
     plan, call = case.plan(), case.call(torch.float32)
     whole, blocks = CpuExecutor(plan).forward(call), CpuExecutor(plan, threads=1, block_rows=block_rows).forward(call)
     same(blocks, CpuExecutor(plan, threads=3, block_rows=block_rows).forward(call))
@@ -282,7 +342,7 @@ def alone(case: Case, executor: CpuExecutor, t: int) -> Results:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_task_of_a_ragged_batch_is_that_task_alone(option: str) -> None:
     """Bit for bit: losses, logits, and its gradient (all other tasks weigh nothing)."""
-    case = ragged_case(option)
+    case = ragged(option)
     executor, together = CpuExecutor(case.plan()), CpuExecutor(case.plan(), threads=2).forward(case.call(torch.float32))
     logits = together.values["logits"].split(case.batch.query_sizes)
     for t in range(0, len(case.batch), 3):
@@ -300,9 +360,9 @@ def test_a_task_of_a_ragged_batch_is_that_task_alone(option: str) -> None:
                 assert torch.equal(one.values[name], picked.values[name]), name
 
 
-@pytest.mark.parametrize("option", ["second", "factored"])
+@pytest.mark.parametrize("option", ["second", "factored", "images-second", "images-support"])
 def test_order_of_the_tasks_does_not_matter_to_any_of_them(option: str) -> None:
-    case = ragged_case(option)
+    case = ragged(option)
     order = torch.randperm(len(case.batch), generator=torch.Generator().manual_seed(0)).tolist()
     executor = CpuExecutor(case.plan(), threads=2)
     first = executor.forward(case.call(torch.float32))
@@ -363,14 +423,24 @@ def without(case: Case, bad) -> Tensor:
 )
 @pytest.mark.parametrize("option", ["second", "factored"])
 def test_non_finite_tasks_are_named_and_left_out(option: str, bad: dict[int, float], threads: int) -> None:
-    case = ragged_case(option)
+    left_out(ragged_case(option), bad, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 40])
+@pytest.mark.parametrize("option", ["second", "support"])
+@pytest.mark.parametrize("bad", [{3: float("nan")}, {0: float("inf"), 8: float("nan")}], ids=["nan", "two"])
+def test_non_finite_images_are_named_and_left_out(option: str, bad: dict[int, float], threads: int) -> None:
+    left_out(ragged_images(option), bad, threads)
+
+
+def left_out(case: Case, bad: dict[int, float], threads: int) -> None:
     clean = CpuExecutor(case.plan()).forward(case.call(torch.float32, task_weights=without(case, bad)))
     results = CpuExecutor(case.plan(), threads=threads).forward(spoiled(case, bad).call(torch.float32))
     assert (~results.finite).nonzero().flatten().tolist() == sorted(bad)
     for name in clean.values:
         if name.startswith("grad."):
             assert torch.allclose(clean.values[name], results.values[name], rtol=1e-5, atol=1e-7), name
-    good = [t for t in range(17) if t not in bad]
+    good = [t for t in range(len(case.batch)) if t not in bad]
     assert torch.equal(clean.values["loss.query"][good], results.values["loss.query"][good])
 
 
@@ -482,11 +552,12 @@ from fastmaml import _cpu
 import test_cpu_executor as t
 assert _cpu.active_tier() == sys.argv[1], _cpu.active_tier()
 for seed in range(24):
-    case = t.random_case(random.Random(seed), native=True)
+    case = t.random_case(random.Random(seed), conv=seed % 2 == 1, native=True)
     t.masks_equal_error(case, 1e-5, threads=seed % 3 + 1, block_rows=(None, 1, 4)[seed % 3])
 for name in t.NETS:
     assert 0 <= t.masks_equal_error(t.net_case(name, tasks=2), 3e-5) <= 3e-5, name
 t.test_bits_do_not_depend_on_threads_or_runs("second")
+t.test_bits_do_not_depend_on_threads_or_runs("images-second")
 t.test_a_task_of_a_ragged_batch_is_that_task_alone("second")
 print("passed")
 """
