@@ -235,7 +235,8 @@ static void unpack(const Port& port, float* to, bool add, const Run& run, int pa
             for (int64_t c0 = 0; c0 < port.cols; c0 += kLane)
                 for (int64_t r = r0; r < end && r < r0 + kLane; ++r) {
                     const bool packed = port.layout == Layout::kPacked;
-                    const float* row = from + (packed ? packed_offset(r, port.cols, port.rows, port.taps) : r * port.cols);
+                    const float* row =
+                        from + (packed ? packed_offset(r, port.cols, port.rows, port.taps) : r * port.cols);
                     const int64_t stride = packed ? packed_stride(r, port.rows, port.taps) : 1;
                     const int64_t stop = port.cols < c0 + kLane ? port.cols : c0 + kLane;
                     float* out = dst + r * port.cols;
@@ -349,7 +350,8 @@ static void run_outside(Shared& s, bool after, int me, int n) {
 }
 
 static float* accumulator(const Shared& s, int64_t chunk) {
-    char* at = s.run.work + s.shape.workers * (aligned(s.plan.run_bytes) + s.shape.team * aligned(s.plan.scratch_bytes));
+    char* at =
+        s.run.work + s.shape.workers * (aligned(s.plan.run_bytes) + s.shape.team * aligned(s.plan.scratch_bytes));
     return reinterpret_cast<float*>(at + chunk * aligned(s.plan.accumulator_floats * 4));
 }
 

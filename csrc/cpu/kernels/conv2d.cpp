@@ -21,8 +21,8 @@ struct Product {
     int64_t step_h, step_w;  // from one output pixel to the next, in pixels of the strip
     float* y;
     int64_t y_row, y_pixel, y_image;  // floats from one output row, pixel, image to the next
-    const float* bias;       // or null
-    bool begun;              // adds to what is there
+    const float* bias;                // or null
+    bool begun;                       // adds to what is there
 };
 
 // ---------------------------------------------------------------------------------------------------- tiles
@@ -122,7 +122,8 @@ void all_columns(int64_t pixels, const Run* runs, int n, int64_t k, int64_t widt
 }
 
 // Where the pixels [first, first + n) of some images' strips begin
-void find(int32_t* at, int64_t first, int64_t n, int64_t rows, int64_t cols, int64_t image, int64_t row, int64_t pixel) {
+void find(int32_t* at, int64_t first, int64_t n, int64_t rows, int64_t cols, int64_t image, int64_t row,
+          int64_t pixel) {
     int64_t c = first % cols, r = first / cols % rows, i = first / cols / rows;
     for (int64_t k = 0; k < n; ++k) {
         at[k] = static_cast<int32_t>(i * image + r * row + c * pixel);
@@ -186,8 +187,12 @@ void forward(const Call& c, const Source* sources, int n, const float* bias, int
             for (int64_t c0 = 0; c0 < s.c; c0 += cut.channels) {
                 const int64_t channels = s.c - c0 < cut.channels ? s.c - c0 : cut.channels;
                 const bool all = channels == s.c;
-                const Region region = {row * s.sh - s.top,       col * s.sw - s.left,      (rows - 1) * s.sh + s.kh,
-                                       (cols - 1) * s.sw + s.kw, c0,                       channels};
+                const Region region = {row * s.sh - s.top,
+                                       col * s.sw - s.left,
+                                       (rows - 1) * s.sh + s.kh,
+                                       (cols - 1) * s.sw + s.kw,
+                                       c0,
+                                       channels};
                 Term terms[2];
                 for (int t = 0; t < n; ++t)
                     terms[t].strip = bring(image_at(c, sources[t].operand, image, s), images,
@@ -200,8 +205,7 @@ void forward(const Call& c, const Source* sources, int n, const float* bias, int
                     p.width = packed_width(o / kPanel, s.o);
                     p.y = c.f(out) + image * c.stride(out) + row * p.y_row + col * padded + o;
                     p.bias = bias ? bias + o : nullptr;
-                    for (int t = 0; t < n; ++t)
-                        terms[t].w = sources[t].w + o * s.kh * s.kw * s.c + c0 * p.width;
+                    for (int t = 0; t < n; ++t) terms[t].w = sources[t].w + o * s.kh * s.kw * s.c + c0 * p.width;
                     multiply(terms, n, p, images, rows, cols);
                 }
             }
@@ -272,8 +276,8 @@ void backward_residue(const Call& c, const Shape& s, const Source* sources, int 
             p.bias = nullptr, p.begun = begun;
             for_lines(c, h.count, together, [&](int64_t image, int64_t images, int64_t first, int64_t lines) {
                 for_pieces(cut, first, lines, v.count, [&](int64_t row, int64_t rows, int64_t col, int64_t width) {
-                    const Region region = {row + h.offset + a, col + v.offset, rows - 1 + taps, width - 1 + v.taps,
-                                           o0,                 outputs};
+                    const Region region = {
+                        row + h.offset + a, col + v.offset, rows - 1 + taps, width - 1 + v.taps, o0, outputs};
                     for (int t = 0; t < n && p.taps_h; ++t) {
                         const float* dy = c.f(sources[t].operand) + image * c.stride(sources[t].operand);
                         terms[t].strip = bring({dy, s.o, s.oh, s.ow, false}, images, c.stride(sources[t].operand),

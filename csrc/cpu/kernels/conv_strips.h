@@ -130,7 +130,8 @@ static inline int64_t images_together(int64_t pixels, int64_t floats, int64_t ro
     return images < 1 || fit < 1 ? 1 : images < fit ? images : fit;
 }
 
-// body(image, images, first line, lines): the share of n images of `height` lines; up to `together` whole images at once
+// body(image, images, first line, lines): the share of n images of `height` lines; up to `together` whole images at
+// once
 template <class F>
 static void for_lines(const Call& c, int64_t height, int64_t together, F body) {
     const Share s = share(c.n * height, c);

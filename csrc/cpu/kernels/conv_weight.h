@@ -53,12 +53,18 @@ void add_runs(const Runs& runs, const Share& rows, const Outer* terms, int n, in
 class WeightGradient {
 public:
     WeightGradient(const Call& call, const Factor* factors, int n, float* dw)
-        : c(call), s(call), factors_(factors), n_(n), dw_(dw), rows_(share(s.kh * s.kw * s.c, call)),
+        : c(call),
+          s(call),
+          factors_(factors),
+          n_(n),
+          dw_(dw),
+          rows_(share(s.kh * s.kw * s.c, call)),
           cut_(cut_of(s.c, s.kh, s.kw, s.sh, s.sw, s.ow, s.oh, n)) {}
 
     void run() const {
         for (int64_t c0 = 0; c0 < s.c; c0 += cut_.channels) {
-            const int64_t channels = s.c - c0 < cut_.channels ? s.c - c0 : cut_.channels, group = images_at_once(channels);
+            const int64_t channels = s.c - c0 < cut_.channels ? s.c - c0 : cut_.channels,
+                          group = images_at_once(channels);
             bool begun = !c.first;
             for (int64_t image = 0; image < c.n; image += group) {
                 const int64_t images = c.n - image < group ? c.n - image : group;
@@ -91,8 +97,8 @@ private:
     // Some output pixels of some images
     void piece(int64_t c0, int64_t channels, int64_t image, int64_t images, int64_t row, int64_t rows, int64_t col,
                int64_t cols, bool begun) const {
-        const Region region = {row * s.sh - s.top,       col * s.sw - s.left,      (rows - 1) * s.sh + s.kh,
-                               (cols - 1) * s.sw + s.kw, c0,                       channels};
+        const Region region = {
+            row * s.sh - s.top, col * s.sw - s.left, (rows - 1) * s.sh + s.kh, (cols - 1) * s.sw + s.kw, c0, channels};
         const int64_t padded = pad_lane(s.o);
         Strip strips[2];
         for (int t = 0; t < n_; ++t)

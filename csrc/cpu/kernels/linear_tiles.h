@@ -122,7 +122,7 @@ static void column(int64_t n, const Pair* pairs, int n_pairs, int64_t k, int64_t
 // y[n][cols] = act(init + sum of pairs), each over k products, for cols (a multiple of kLane) columns that lie together
 // in w. For k = 0, too: then y is init.
 static inline void columns(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
-                    const float* init, int64_t ld_init, const Activation& act) {
+                           const float* init, int64_t ld_init, const Activation& act) {
     for (int64_t c = 0; c < cols; c += kCols * VL) {
         const int vectors = static_cast<int>((cols - c < kCols * VL ? cols - c : kCols * VL) / VL);
         const float* from = init ? init + c : nullptr;
@@ -147,7 +147,7 @@ static inline void columns(int64_t n, int64_t cols, const Pair* pairs, int n_pai
 
 // The same over any depth, in chains of about kDepth: a column of tiles at a time.
 static inline void product(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
-                    const float* init, int64_t ld_init, const Activation& act) {
+                           const float* init, int64_t ld_init, const Activation& act) {
     for (int64_t c = 0; c < cols; c += kCols * VL) {
         const int64_t width = cols - c < kCols * VL ? cols - c : kCols * VL;
         const float* from = init ? init + c : nullptr;
@@ -211,7 +211,8 @@ static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, i
 #endif
 
 // piece[o][k] = w[k][o] for `cols` inputs from k on and `outs` outputs of one panel; zero beyond the last input
-static inline void transpose_piece(const float* w, int64_t width, int64_t inputs, int64_t cols, int64_t outs, float* piece) {
+static inline void transpose_piece(const float* w, int64_t width, int64_t inputs, int64_t cols, int64_t outs,
+                                   float* piece) {
     if (outs < 4) {  // a head of one or two outputs: not worth a tile
         for (int64_t j = 0; j < outs; ++j)
             for (int64_t i = 0; i < cols; ++i) piece[j * cols + i] = i < inputs ? w[i * width + j] : 0.f;
@@ -297,7 +298,7 @@ static void outer_column(int64_t inputs, const Outer* terms, int n_terms, int64_
 
 // One column of tiles of dw over up to kDeep rows of the batch, dispatched by its width.
 static inline void outer_columns(int64_t width, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw,
-                          int64_t ldw, const Epilogue& e) {
+                                 int64_t ldw, const Epilogue& e) {
     switch (width / VL) {
         case 1:
             return outer_column<1>(inputs, terms, n_terms, n, dw, ldw, e);
