@@ -15,13 +15,16 @@ import torch
 from plain_loop import one_thread  # noqa: F401
 from test_omniglot import SUBSET, members, write_zip
 
-from benchmarks import engine
-from benchmarks.conv import straight_line
-from benchmarks.peers import CONV_PEERS, OURS, maml_of, plain_loop
-from benchmarks.workloads import CONV_WORKLOADS, WORKLOADS, Workload, mini_imagenet, pooled, strided
 from fastmaml import nn
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # the benchmarks are not installed; last, so that the package is the one under test
+
+from benchmarks import engine  # noqa: E402
+from benchmarks.conv import straight_line  # noqa: E402
+from benchmarks.peers import CONV_PEERS, OURS, maml_of, plain_loop  # noqa: E402
+from benchmarks.workloads import CONV_WORKLOADS, WORKLOADS, Workload, mini_imagenet, pooled, strided  # noqa: E402
+
 MACHINE = {"cpu", "tier", "threads", "peak_gflops", "torch", "fastmaml", "python", "precision"}
 
 
