@@ -31,6 +31,7 @@ LARGE = [
     (1, 20, 6, 7, 300, (5, 5), (1, 1), (2, 2, 2, 2)),
     (1, 1, 40, 40, 3, (31, 31), (1, 1), (0, 0, 0, 0)),
     (1, 2, 3, 3000, 3, (3, 3), (1, 2), (1, 1, 1, 1)),  # cut columns
+    (1, 64, 2, 100, 20, (1, 96), (1, 1), (0, 0, 1, 0)),  # weights of a row of taps that fit a quarter of a panel
 ]
 KIND = {"x": "image", "y": "image", "w": "conv", "b": "vector"}
 

@@ -296,12 +296,16 @@ void backward_residue(const Call& c, const Shape& s, const Source* sources, int 
 
 void backward_input(const Call& c, const Source* sources, int n, int out) {
     const Shape s(c);
-    for (int64_t k = 0; k < pad_lane(s.c); k += kPanel)
+    int64_t panel = kPanel;  // input channels at a time: fewer where a row of taps is long, or its weights would not fit
+    while (panel > kLane && s.kw * kLane * panel > kWeightFloats / n) panel /= 2;
+    for (int64_t k = 0; k < pad_lane(s.c); k += panel) {
+        const int64_t cols = pad_lane(s.c) - k < panel ? pad_lane(s.c) - k : panel;
         for (int64_t i = 0; i < s.sh; ++i)
             for (int64_t j = 0; j < s.sw; ++j) {
                 const Axis h(i, s.h, s.kh, s.sh, s.top), v(j, s.w, s.kw, s.sw, s.left);
-                if (h.count && v.count) backward_residue(c, s, sources, n, out, h, v, k, packed_width(k / kPanel, s.c));
+                if (h.count && v.count) backward_residue(c, s, sources, n, out, h, v, k, cols);
             }
+    }
 }
 
 }  // namespace
