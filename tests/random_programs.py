@@ -1,7 +1,6 @@
 """Random Programs, Arrangements and batches, and how a run of them is judged. For the tests of Plans and executors.
 
-The structure is drawn by hypothesis, so a failing case shrinks to a small network; the numbers come from a seed. All
-numbers are float32 values, so that runs in float32 and in float64 see the same problem.
+Structure and numbers come from a seed: the same cases in every run. All numbers are float32 values, so that runs in float32 and in float64 see the same problem.
 """
 
 from __future__ import annotations
@@ -9,12 +8,10 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from hypothesis import HealthCheck, currently_in_test_context, note, settings
-from hypothesis import strategies as st
 from reference import meta_gradient
 from torch import Tensor
 
@@ -45,14 +42,11 @@ LOSSES = (
 )
 
 
-def randoms() -> st.SearchStrategy[random.Random]:
-    return st.randoms(use_true_random=False)
-
-
-def examples(count: int):
-    """Settings of a hypothesis test: the same cases in every run, no clocks."""
-    slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-    return settings(derandomize=True, deadline=None, max_examples=count, suppress_health_check=slow)
+def randoms(count: int) -> Iterator[random.Random]:
+    """Generators with the seeds 0, 1, ...; the last seed printed is that of the case that fails."""
+    for seed in range(count):
+        print(f"random.Random({seed})")
+        yield random.Random(seed)
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class Case:
     def __str__(self) -> str:
         return f"{self.program}\n{self.arrangement}\n{self.batch}"
 
-    __repr__ = __str__  # what hypothesis and pytest show of a failing case
+    __repr__ = __str__  # what pytest shows of a failing case
 
     def plan(self, **changes: object) -> Plan:
         return build_plan(self.program, replace(self.arrangement, **changes))
@@ -421,6 +415,4 @@ def random_case(rng: random.Random, conv: bool = False, native: bool = False, **
     if rng.random() < 0.3:
         generator = torch.Generator().manual_seed(len(sizes))
         case = replace(case, task_weights=torch.rand(len(sizes), dtype=torch.float64, generator=generator))
-    if currently_in_test_context():
-        note(str(case))
     return case

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from hypothesis import given
-from random_programs import examples, random_case, randoms
+from random_programs import random_case, randoms
 
 import fastmaml.nn as nets
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan
@@ -95,7 +96,9 @@ def check_data_flow(plan: Plan) -> None:
     results = [at for at in writer if at[0] in plan.results]
     assert {name for name, _ in results} == set(plan.results), "a result is never written"
     used.update(writer[at] for at in results)
-    unused = [text for i, text in enumerate(runs) if i not in used]
+    # one segment serves all steps, and nobody asks for the cotangent of the factors' beginning, which is zero
+    last = re.compile(r"hvp at step 0: theta_bar\.\S+\.factor = axpy_fwd")
+    unused = [text for i, text in enumerate(runs) if i not in used and not last.match(text)]
     assert not unused, unused[:5]
     mentioned = {ref.buffer for _, i in plan.instructions() for ref in (*i.reads(), *i.writes())}
     mentioned |= {name for r in plan.reductions for name in (r.source.buffer, r.target)}
@@ -109,9 +112,7 @@ ENTRIES = ("train", "halves", "evaluate", "adapt", "predict")
 @pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_result_is_used_and_every_operand_written(entry: str, conv: bool) -> None:
-    @examples(60)
-    @given(randoms())
-    def check(rng) -> None:
+    for rng in randoms(60):
         changes = {} if entry in ("train", "evaluate") else {"query_from": None}
         case = random_case(rng, conv, **changes)
         if entry == "predict":
@@ -120,8 +121,6 @@ def test_every_result_is_used_and_every_operand_written(entry: str, conv: bool) 
             check_data_flow(case.plan(entry=entry))
             if entry == "train":
                 check_data_flow(case.plan(entry=entry, record_masks=True))
-
-    check()
 
 
 @pytest.mark.parametrize("relu", ["relu", "tanh"])
@@ -340,10 +339,9 @@ def test_arena_never_overlaps_two_live_buffers(net: str, memory: str) -> None:
     check_arena(make(program, memory=memory, learned=True, kind="tensor"))
 
 
-@examples(60)
-@given(randoms())
-def test_arena_of_random_programs(rng) -> None:
-    check_arena(random_case(rng).plan())
+def test_arena_of_random_programs() -> None:
+    for rng in randoms(60):
+        check_arena(random_case(rng).plan())
 
 
 def check_arena(plan: Plan) -> None:

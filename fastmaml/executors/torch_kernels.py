@@ -433,8 +433,8 @@ def _slope(attrs: Attrs, mask: Tensor, v: Tensor) -> Tensor:
 
 
 @kernel("relu_fwd", "leaky_relu_fwd")
-def relu_fwd(task, attrs: Attrs, x):  # y = x where x > 0; also the mask x > 0, so ReLU'(0) = 0 as in torch
-    return _slope(attrs, x > 0, x), x > 0
+def relu_fwd(task, attrs: Attrs, x):  # also the mask x > 0, so ReLU'(0) = 0 as in torch; NaN stays NaN: it has diverged
+    return F.leaky_relu(x, attrs["slope"]) if "slope" in attrs else F.relu(x), x > 0
 
 
 @kernel("relu_replay", "leaky_relu_replay")
