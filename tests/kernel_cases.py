@@ -204,9 +204,8 @@ class Case:
             count = min(block or end, self.n - row0)
             pointers = [0 if o is None else o.pointer(row0) for o in home]
             strides = [0 if o is None else o.stride for o in home]
-            for part in range(parts):
-                where = count, row0, self.n, row0 == 0, row0 + count == self.n, part, parts
-                _cpu.call_kernel(tier, self.kernel, pointers, strides, *where, self.sizes, self.numbers, task)
+            where = count, row0, self.n, row0 == 0, row0 + count == self.n, parts
+            _cpu.call_kernel(tier, self.kernel, pointers, strides, *where, self.sizes, self.numbers, task)
         for operand in given:
             assert id(operand) in overwritten or torch.equal(operand.bytes, operand.before), "an input was written"
         first = len(self.inputs)

@@ -67,6 +67,8 @@ fastmaml::Instruction read_instruction(Reader& in, fastmaml::Plan& plan) {
     i.kernel = in.next();
     if (i.kernel < 0 || i.kernel >= fastmaml::kKernelCount)
         throw std::runtime_error("fastmaml._cpu: unknown kernel id");
+    i.stages = fastmaml::stages_of(i.kernel);
+    if (i.stages > 1) plan.shared_bytes = fastmaml::kSharedBytes;
     i.sums = in.next() != 0;
     i.pixels = in.next();
     i.n_operands = in.count(fastmaml::kMaxOperands);
@@ -199,10 +201,10 @@ std::pair<bool, bool> execute(const fastmaml::Plan& plan, int64_t tasks, int hal
     return {written, std::all_of(run.finite, run.finite + tasks, [](bool f) { return f; })};
 }
 
-// One kernel on its own: for tests and per-kernel benchmarks.
+// One kernel on its own, by a team whose members work one after another: for tests.
 void call_kernel(const std::string& tier, const std::string& name, const std::vector<int64_t>& operands,
                  const std::vector<int64_t>& row_strides, int64_t n, int64_t row0, int64_t n_total, bool first,
-                 bool last, int part, int parts, std::vector<int64_t> sizes, std::vector<float> numbers,
+                 bool last, int parts, std::vector<int64_t> sizes, std::vector<float> numbers,
                  std::tuple<int64_t, int64_t, int64_t, int64_t> task) {
     if (operands.size() > fastmaml::kMaxOperands || operands.size() != row_strides.size())
         throw std::runtime_error("call_kernel: operands and row_strides must have one entry per operand, at most 16");
@@ -217,12 +219,13 @@ void call_kernel(const std::string& tier, const std::string& name, const std::ve
         c.operands[i] = pointer<void>(operands[i]);
         c.row_stride[i] = row_strides[i];
     }
-    c.n = n, c.row0 = row0, c.n_total = n_total, c.first = first, c.last = last, c.part = part, c.parts = parts;
+    c.n = n, c.row0 = row0, c.n_total = n_total, c.first = first, c.last = last, c.parts = parts;
     c.sizes = sizes.data(), c.numbers = numbers.data(), c.task = &t;
-    const std::unique_ptr<float[]> scratch(new float[fastmaml::kScratchBytes / sizeof(float)]);
-    std::fill_n(scratch.get(), fastmaml::kScratchBytes / sizeof(float), std::nanf(""));
-    c.scratch = scratch.get();
-    fastmaml::find_tier(tier).table[id](c);
+    std::vector<float> scratch(fastmaml::kScratchBytes / sizeof(float), std::nanf(""));
+    std::vector<float> shared(fastmaml::kSharedBytes / sizeof(float), std::nanf(""));
+    c.scratch = scratch.data(), c.shared = shared.data();
+    for (; c.stage < fastmaml::stages_of(id); ++c.stage)
+        for (c.part = 0; c.part < parts; ++c.part) fastmaml::find_tier(tier).table[id](c);
 }
 
 // GFLOP/s of a register-only FMA loop on `threads` threads: the machine's peak as this project means it.

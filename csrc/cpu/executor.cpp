@@ -58,10 +58,13 @@ Shape shape_of(const Plan& plan, int64_t tasks, int threads) {
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+static int64_t team_bytes(const Plan& plan, int members) {
+    return aligned(plan.run_bytes) + aligned(plan.shared_bytes) + members * aligned(plan.scratch_bytes);
+}
+
 int64_t work_bytes(const Plan& plan, int64_t tasks, int threads) {
     const Shape s = shape_of(plan, tasks, threads);
-    return s.workers * (aligned(plan.run_bytes) + s.team * aligned(plan.scratch_bytes)) +
-           s.chunks * aligned(plan.accumulator_floats * 4);
+    return s.workers * team_bytes(plan, s.team) + s.chunks * aligned(plan.accumulator_floats * 4);
 }
 
 // ---------------------------------------------------------------------------------------------------- addresses
@@ -73,7 +76,7 @@ struct Worker {  // what one member of a team knows while it runs one task
     Barrier* barrier;
     int part, parts;
     std::vector<char*> base;  // by Operand::base
-    float* scratch = nullptr;
+    float *scratch = nullptr, *shared = nullptr;
 };
 
 static int64_t extent(Rows rows, const Task& t) {
@@ -121,7 +124,9 @@ static Call prepare_call(const Instruction& in, const Worker& w, int64_t step, i
     c.last = row0 + n >= total;
     c.part = w.part;
     c.parts = w.parts;
+    c.stage = 0;
     c.scratch = w.scratch;
+    c.shared = w.shared;
     c.sizes = in.sizes;
     c.numbers = in.numbers;
     c.task = &w.task;
@@ -130,8 +135,11 @@ static Call prepare_call(const Instruction& in, const Worker& w, int64_t step, i
 
 static inline void run_instruction(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n,
                                    int64_t total) {
-    w.tier->table[in.kernel](prepare_call(in, w, step, row0, n, total));
-    if (w.parts > 1) w.barrier->wait();
+    Call c = prepare_call(in, w, step, row0, n, total);
+    for (; c.stage < in.stages; ++c.stage) {
+        w.tier->table[in.kernel](c);
+        if (w.parts > 1) w.barrier->wait();
+    }
 }
 
 static void run_phase(const Phase& phase, const Worker& w) {
@@ -350,8 +358,7 @@ static void run_outside(Shared& s, bool after, int me, int n) {
 }
 
 static float* accumulator(const Shared& s, int64_t chunk) {
-    char* at =
-        s.run.work + s.shape.workers * (aligned(s.plan.run_bytes) + s.shape.team * aligned(s.plan.scratch_bytes));
+    char* at = s.run.work + s.shape.workers * team_bytes(s.plan, s.shape.team);
     return reinterpret_cast<float*>(at + chunk * aligned(s.plan.accumulator_floats * 4));
 }
 
@@ -386,9 +393,11 @@ static int64_t next_chunk(Shared& s, int team) {
 
 static void run_tasks(Shared& s, int team, int part) {
     Worker w{&s.plan, &s.run, &s.tier, Task{}, s.teams[team].get(), part, s.shape.team, {}};
-    char* arena = s.run.work + team * (aligned(s.plan.run_bytes) + s.shape.team * aligned(s.plan.scratch_bytes));
+    char* arena = s.run.work + team * team_bytes(s.plan, s.shape.team);
     w.base = {nullptr, s.run.meta, arena};
-    w.scratch = reinterpret_cast<float*>(arena + aligned(s.plan.run_bytes) + part * aligned(s.plan.scratch_bytes));
+    arena += aligned(s.plan.run_bytes);
+    w.shared = reinterpret_cast<float*>(arena);
+    w.scratch = reinterpret_cast<float*>(arena + aligned(s.plan.shared_bytes) + part * aligned(s.plan.scratch_bytes));
     w.base.resize(kFirstTaskBase + s.plan.task_buffers.size());
     const bool sums = s.run.half == s.plan.halves - 1;
     for (;;) {

@@ -121,5 +121,16 @@ static inline Share share(int64_t units, const Call& c) {
     return {units * c.part / c.parts, units * (c.part + 1) / c.parts};
 }
 
+// The share of a row kernel: of the rows where they are many, as convolutions share the lines of their images, so that
+// a member reads what it wrote; of the columns, as linear layers do, where they are few.
+struct Area {
+    Share rows, cols;
+};
+static inline Area share_rows(int64_t columns, const Call& c) {
+    if (c.n >= 128) return {share(c.n, c), {0, columns}};
+    const Share lanes = share(columns / kLane, c);
+    return {{0, c.n}, {lanes.begin * kLane, lanes.end * kLane}};
+}
+
 }  // namespace FASTMAML_ISA
 }  // namespace fastmaml

@@ -167,14 +167,14 @@ struct In {
 // out = f(row, column); zero in the padding, where f(0) may be anything.
 template <class F>
 static inline void map(const Call& c, int to, F f) {
-    float* out = c.f(to);
-    const int64_t n = c.n, width = c.sizes[0], stride = c.stride(to);
-    const Share s = share(pad_lane(width) / kLane, c);
-    const int64_t begin = s.begin * kLane, end = s.end * kLane, whole = width / VL * VL,
+    const int64_t width = c.sizes[0], stride = c.stride(to);
+    const Area mine = share_rows(pad_lane(width), c);
+    const int64_t begin = mine.cols.begin, end = mine.cols.end, whole = width / VL * VL,
                   full = whole < end ? whole : end;
+    float* out = c.f(to) + mine.rows.begin * stride;
     ivec lane = ivec{};
     for (int l = 0; l < VL; ++l) lane[l] = l;
-    for (int64_t i = 0; i < n; ++i, out += stride) {
+    for (int64_t i = mine.rows.begin; i < mine.rows.end; ++i, out += stride) {
         int64_t j = begin;
         for (; j < full; j += VL) store(out + j, f(i, j));
         for (; j < end; j += VL) store(out + j, j >= width ? vec{} : select(lane < isplat(width - j), f(i, j), vec{}));

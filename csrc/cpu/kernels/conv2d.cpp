@@ -296,7 +296,7 @@ void backward_residue(const Call& c, const Shape& s, const Source* sources, int 
 
 void backward_input(const Call& c, const Source* sources, int n, int out) {
     const Shape s(c);
-    int64_t panel = kPanel;  // input channels at a time: fewer where a row of taps is long, or its weights would not fit
+    int64_t panel = kPanel;  // input channels at a time: fewer where a row of taps is long, or its weights do not fit
     while (panel > kLane && s.kw * kLane * panel > kWeightFloats / n) panel /= 2;
     for (int64_t k = 0; k < pad_lane(s.c); k += panel) {
         const int64_t cols = pad_lane(s.c) - k < panel ? pad_lane(s.c) - k : panel;

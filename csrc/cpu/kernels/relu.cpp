@@ -6,9 +6,9 @@ namespace FASTMAML_ISA {
 
 template <class F>
 static inline void for_rows(const Call& c, F body) {  // body(row, column)
-    const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
-    for (int64_t i = 0; i < c.n; ++i)
-        for (int64_t j = s.begin * kLane; j < s.end * kLane; j += VL) body(i, j);
+    const Area mine = share_rows(pad_lane(c.sizes[0]), c);
+    for (int64_t i = mine.rows.begin; i < mine.rows.end; ++i)
+        for (int64_t j = mine.cols.begin; j < mine.cols.end; j += VL) body(i, j);
 }
 
 void relu_fwd(const Call& c) {  // x, y?, mask?

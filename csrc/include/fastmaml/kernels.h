@@ -4,7 +4,8 @@
 // A trailing ? marks an operand that may be absent (null): as an input it counts as zero, as an output it is not
 // wanted. Shapes: x [n, in], w packed [out, in], vectors [c] padded to kLane. "sizes" are Instruction::sizes, "numbers"
 // Instruction::numbers. Row kernels see one block of rows; reductions write on the first block and add on later ones. A
-// team member does the share `part` of `parts`.
+// team member does the share `part` of `parts`. Kernels in stages (see stages_of) are called once for each, and a team
+// meets between two of them.
 #pragma once
 #include "fastmaml/plan.h"
 
@@ -22,7 +23,9 @@ struct Call {
     int64_t n_total;                   // rows of the extent
     bool first, last;                  // block
     int part, parts;
+    int stage;
     float* scratch;  // kScratchBytes of this team member's own
+    float* shared;   // kSharedBytes of the team, from one stage to the next
     const int64_t* sizes;
     const float* numbers;
     const Task* task;
@@ -34,6 +37,7 @@ struct Call {
 };
 
 constexpr int64_t kScratchBytes = 608 * 1024;  // of a Plan with kernels that use it: conv2d
+constexpr int64_t kSharedBytes = 64 * 1024;    // of a Plan with kernels in stages
 
 using Kernel = void (*)(const Call&);
 
@@ -154,6 +158,14 @@ enum KernelId {
 #undef FASTMAML_ENUM
         kKernelCount
 };
+
+// Sums over so many rows that a team shares the rows: pieces first, then what they come to.
+inline int stages_of(int kernel) {
+    return kernel == kId_batchnorm_stats_fwd || kernel == kId_batchnorm_stats_jvp ||
+                   kernel == kId_batchnorm_bwd_stats || kernel == kId_batchnorm_bwd_stats_jvp
+               ? 2
+               : 1;
+}
 
 #define FASTMAML_DECLARE(name) void name(const Call&);
 namespace baseline {

@@ -38,6 +38,7 @@ struct Instruction {
     int32_t n_operands = 0;
     int32_t operands = 0;  // index of the first one in Plan::operands
     bool sums = false;     // in a batch phase: adds over the rows of all tasks, instead of working row by row
+    int32_t stages = 1;    // calls that make it, see stages_of
     int64_t pixels = 1;    // each of them is a row to the kernel: what works row by row on vectors works on images
     int64_t sizes[kMaxSizes] = {};
     float numbers[kMaxNumbers] = {};
@@ -101,7 +102,7 @@ struct Plan {
     std::vector<Reduction> reductions;
     std::vector<Weighted> weighted;
     std::vector<Scalars> checked;  // must be finite: the losses of every step
-    int64_t meta_bytes = 0, run_bytes = 0, scratch_bytes = 0, accumulator_floats = 0;
+    int64_t meta_bytes = 0, run_bytes = 0, scratch_bytes = 0, shared_bytes = 0, accumulator_floats = 0;
     int32_t halves = 1;
 };
 
