@@ -41,7 +41,7 @@ def build_plan(program: Program, arrangement: Arrangement) -> Plan:
     return _Sweep(program, arrangement).build()
 
 
-CACHED_BYTES = 512 * 1024  # a fraction of one core's L2
+KEPT_BYTES = 8 * 2**20  # of each task in flight: activations of one step that are kept rather than made again
 
 
 class _Sweep:
@@ -62,18 +62,18 @@ class _Sweep:
         self.outer_extent = "joint" if joint else "query"
         self.rolled = rollback.rolled_back(program, arrangement) if self.second_order else {}
         self.in_place = self._in_place()
-        self.keeps_values = self.second_order and (arrangement.memory == "fast" or self._fits_a_cache())
+        self.keeps_values = self.second_order and (arrangement.memory == "fast" or self._keeps_its_step())
         self.accumulators: dict[int, Ref] = {}  # zeta_bar: cotangents of non-adapted values, summed over the steps
         self.prefix: dict[str, Pass] = {}
         self.together: dict[str, set[str]] = {}  # by extent: row buffers that exist for all tasks at once
         self.results: dict[str, None] = {}
 
-    def _fits_a_cache(self) -> bool:
-        """One inner step of which the activations and their gradients are so few that reading them back beats making them again."""
+    def _keeps_its_step(self) -> bool:
+        """A single inner step keeps its activations and their gradients, if these are few: reading them back beats making them again."""
         if self.steps != 1 or not self.a.support_rows or any(op.name == "module" for op in self.program.ops):
             return False
         floats = sum(self.program.values[op.output].numel for op in self.ops["step"] if self.program.values[op.output].rows)
-        return 2 * 4 * self.a.support_rows * floats <= CACHED_BYTES
+        return 2 * 4 * self.a.support_rows * floats <= KEPT_BYTES
 
     def _in_place(self) -> set[str]:
         """Adapted leaves of which theta_k is not kept: those that are rolled back, and all where nothing goes back to theta_k."""
