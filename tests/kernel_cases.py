@@ -258,6 +258,28 @@ class Case:
         return done[None]
 
 
+def check_activation(tier: str, plain: Case, outputs: Callable[[], list[Operand]], slope: float) -> None:
+    """A kernel with an activation inside: the bits of the plain one with a relu kernel after it."""
+    results = plain.run(tier)
+    n, c = results[0].shape
+    mask, row = Operand("mask", normal(n, c, seed=3) > 0), out("rows", n, c)
+
+    def relu(kernel: str, inputs: list, *made: Operand) -> Tensors:
+        return Case(kernel, inputs, made, n, [c], [slope]).run(tier)
+
+    def fused(gate: float, made: list[Operand], given: list[Operand], expected: Tensors) -> None:
+        operands = [*outputs(), *made]
+        one = Case(plain.kernel, plain.inputs, operands, n, plain.sizes, [gate, slope], support=plain.support, after=given)
+        for block, parts in ((None, 1), (3, 3)):
+            assert same_bits(one.run(tier, block, parts), expected[: len(operands)])
+
+    fused(2.0, [], [mask], [relu("relu_bwd", [mask, rows(z)], row)[0] for z in results])
+    if len(results) == 1:
+        expected = relu("relu_fwd", [rows(results[0])], row, out("mask", n, c))
+        fused(1.0, [out("mask", n, c)], [], expected)
+        fused(1.0, [], [], expected)
+
+
 def lowered(
     name: str, inputs: Sequence[Operand | None], outputs: Sequence[Operand | None], n: int, attrs: dict
 ) -> Case:

@@ -49,7 +49,7 @@ def every_mode(name: str, x: Tensor) -> list[Case]:
 @activations
 @pytest.mark.parametrize("size", INPUTS)
 def test_shapes(tier: str, name: str, size: str) -> None:
-    for n, c in SHAPES:
+    for n, c in (*SHAPES, (150, 33)):
         for made in every_mode(name, INPUTS[size](n, c)):
             whole = made.check(tier, elementwise=True)
             for i, given in enumerate(made.inputs):

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases import SHAPES, TIERS, Case, Operand, Pool, exact, normal, out, rows, vector
+from kernel_cases import SHAPES, TIERS, Case, Operand, Pool, check_activation, exact, normal, out, rows, vector
 from torch import Tensor
 
 EPS = exact(1e-5)
@@ -110,6 +110,8 @@ def test_many_rows(tier: str) -> None:
     lead = [rows(x), vector(mean), vector(rstd)]
     case("batchnorm_stats_jvp", [*lead, rows(xt)], pair(c), n, c).check(tier, blocks)
     case("batchnorm_bwd_stats", [*lead, rows(xt)], pair(c), n, c).check(tier, blocks)
+    tangents = [rows(xt), vector(normal(c, seed=5)), vector(normal(c, seed=6)), rows(normal(n, c, seed=7))]
+    case("batchnorm_bwd_stats_jvp", [*lead, rows(normal(n, c, seed=8)), *tangents], pair(c), n, c).check(tier, blocks)
 
 
 @tiers
@@ -233,3 +235,34 @@ def test_bwd_input_jvp(tier: str, statistic: str, given: frozenset[str]) -> None
         whole = run([out("rows", n, c)]).check(tier, elementwise=True)
         if "dyt" in given:
             assert torch.equal(whole[0], run([out("rows", n, c, over=11)]).run(tier, 4)[0])
+
+
+ROW_KERNELS = {  # operands besides x, mean and rstd
+    "batchnorm_fwd": "gamma beta",
+    "batchnorm_jvp": "gamma xt* meant rstdt gammat betat",
+    "batchnorm_bwd_input": "gamma dy* s1 s2",
+    "batchnorm_bwd_input_jvp": "gamma dy* s1 s2 xt* meant rstdt gammat dyt* s1t s2t",
+}
+
+
+def row_case(kernel: str, n: int, c: int) -> Case:
+    x, mean, rstd = point(n, c)
+    names = ROW_KERNELS[kernel].split()
+    g = Given(frozenset(name.rstrip("*") for name in names), n, c)
+    rest = [g.rows(name[:-1]) if name.endswith("*") else g.vector(name) for name in names]
+    return case(kernel, [rows(x), vector(mean), vector(rstd), *rest], [out("rows", n, c)], n, c, "support")
+
+
+@tiers
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_so_many_rows_that_a_team_shares_them(tier: str, kernel: str) -> None:
+    for c in (7, 33):
+        row_case(kernel, 300, c).check(tier, (37,), elementwise=True)
+
+
+@tiers
+@pytest.mark.parametrize("slope", [0.0, exact(0.1)], ids=["relu", "leaky"])
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_activation(tier: str, kernel: str, slope: float) -> None:
+    for n, c in ((5, 7), (23, 65), (150, 16)):
+        check_activation(tier, row_case(kernel, n, c), lambda: [out("rows", n, c)], slope)  # noqa: B023

@@ -125,7 +125,7 @@ COMMANDS = {  # keys that every row has, and what else is said
     "time": ({"workload", "who", "error", "median_ms", "repetitions"}, "decisions differ"),
     "lines": ({"axis", "at", "median_ms", "line_ms", "residual"}, "time against shots"),
     "memory": ({"workload", "inner_steps", "above_mb", "plan_mb"}, "times what K=1 takes"),
-    "threads": ({"workload", "one_thread_ms", "two_threads_ms", "speedup"}, "on one thread"),
+    "threads": ({"workload", "one_thread_ms", "two_threads_ms", "speedup", "two_tasks_speedup"}, "on one thread"),
     "training": ({"who", "seed", "accuracy", "standard_error", "seconds", "first_losses", "float64_losses"}, "difference"),
 }
 

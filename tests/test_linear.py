@@ -4,7 +4,7 @@ then what may be fused to a product, which must not change a bit."""
 from __future__ import annotations
 
 import pytest
-from kernel_cases import TIERS, Case, Operand, Pool, Tensors, exact, normal, out, rows, same_bits, scalar, vector
+from kernel_cases import TIERS, Case, Operand, Pool, check_activation, exact, normal, out, same_bits, scalar, vector
 from torch import Tensor
 
 from fastmaml.executors.torch_kernels import KERNELS
@@ -138,25 +138,7 @@ def test_activation(tier: str, call: Call, slope: float) -> None:
         for operand in plain.inputs:
             if operand is not None and operand.kind == "rows":
                 operand.value[0] = 0.0  # where nothing is added
-        products = plain.run(tier)
-        n, c = products[0].shape
-        mask, row = Operand("mask", normal(n, c, seed=3) > 0), out("rows", n, c)
-
-        def relu(kernel: str, inputs: list, *outputs: Operand) -> Tensors:
-            return Case(kernel, inputs, outputs, n, [c], [slope]).run(tier)  # noqa: B023
-
-        def fused(gate: float, made: list[Operand | None], given: list[Operand]) -> None:
-            outputs = [*wanted(call[2], shape), *made]  # noqa: B023
-            one = Case(call[0], plain.inputs, outputs, n, plain.sizes, [gate, slope], after=given)  # noqa: B023
-            for block, parts in ((None, 1), (3, 3)):
-                assert same_bits(one.run(tier, block, parts), expected[: len(outputs)])  # noqa: B023
-
-        expected = [relu("relu_bwd", [mask, rows(z)], row)[0] for z in products]
-        fused(2.0, [], [mask])
-        if len(products) == 1:
-            expected = relu("relu_fwd", [rows(products[0])], row, out("mask", n, c))
-            fused(1.0, [out("mask", n, c)], [])
-            fused(1.0, [], [])
+        check_activation(tier, plain, lambda: wanted(call[2], shape), slope)  # noqa: B023
 
 
 # ------------------------------------------------------------------------------------------------- a fused update

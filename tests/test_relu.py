@@ -26,7 +26,7 @@ def with_zeros(n: int, c: int) -> Tensor:
 @slopes
 @pytest.mark.parametrize("mask", [True, False], ids=["mask", "no_mask"])
 def test_fwd(tier: str, slope: float, mask: bool) -> None:
-    for n, c in SHAPES:
+    for n, c in (*SHAPES, (150, 33)):
         x = with_zeros(n, c)
         made = case("relu_fwd", [rows(x)], [out("rows", n, c), out("mask", n, c) if mask else None], (n, c), slope)
         y, m = made.check(tier, elementwise=True)
@@ -40,7 +40,7 @@ def test_fwd(tier: str, slope: float, mask: bool) -> None:
 @slopes
 @pytest.mark.parametrize("kernel", ["relu_replay", "relu_bwd"])
 def test_masked(tier: str, slope: float, kernel: str) -> None:
-    for n, c in SHAPES:
+    for n, c in (*SHAPES, (150, 33)):
         value, mask = rows(normal(n, c)), Operand("mask", normal(n, c, seed=1) > 0)
         inputs = [value, mask] if kernel == "relu_replay" else [mask, value]
         made = case(kernel, inputs, [out("rows", n, c)], (n, c), slope)

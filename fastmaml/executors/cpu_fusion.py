@@ -1,6 +1,6 @@
-"""Patterns of native calls that become one: what the next call would do to a product is done where the product is made.
+"""Patterns of native calls that become one: what the next call would do to a result is done where the result is made.
 
-    linear + relu             any of its modes: the activation, its reverse or its tangent, as the product is stored
+    linear, batchnorm + relu  any of their modes: the activation, its reverse or its tangent, as the result is stored
     bwd_input + bwd_input_jvp with the same dy and w: w is read once
     bwd_weight + sgd or axpy  the gradient is added to what it is for, and is never stored itself
 """
@@ -14,9 +14,12 @@ from dataclasses import dataclass, replace
 from fastmaml.executors.cpu_kernels import Native
 from fastmaml.plan.instructions import Buffer, Operand, Plan, Ref
 
-RESULT = {"linear_fwd": 3, "linear_jvp": 5, "linear_bwd_input": 2, "linear_bwd_input_jvp": 4}  # operand of the product; the mask is the last
+RESULT = {  # operand of the result; the mask is the last
+    **{"linear_fwd": 3, "linear_jvp": 5, "linear_bwd_input": 2, "linear_bwd_input_jvp": 4},
+    **{"batchnorm_fwd": 5, "batchnorm_jvp": 9, "batchnorm_bwd_input": 7, "batchnorm_bwd_input_jvp": 14},
+}
 RELU = {"relu_fwd": (0, 1, 2), "relu_replay": (0, 2, 1), "relu_bwd": (1, 2, 0)}  # operands: in, out, mask
-MAKE, APPLY = 1.0, 2.0  # kernels.h: what the product does with the mask
+MAKE, APPLY = 1.0, 2.0  # kernels.h: what the kernel does with the mask
 GRADIENTS = {"linear_bwd_weight": (2, 3), "linear_bwd_weight_jvp": (4, 5)}  # operands dw, db; their base and scale are the last four
 
 
@@ -55,7 +58,7 @@ class Fusion:
         name = ref.buffer
         return self.readers[name] == 1 and self.writers[name] == 1 and name not in self.results
 
-    # ------------------------------------------------------------------------------------------------- linear, relu
+    # ------------------------------------------------------------------------------------------------- relu
     def _activations(self, steps: list[Step]) -> None:
         for i in range(len(steps) - 2, -1, -1):
             at = RESULT.get(steps[i].call.kernel)

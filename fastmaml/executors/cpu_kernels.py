@@ -173,7 +173,10 @@ def _batchnorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Nati
     stat = 0 if rows is None else -1 if rows == extent else -2
     pixels = _pixels(x, buffers)
     sizes = (_channels(x, buffers), stat, pixels)
-    return Native(instr.kernel, (*instr.inputs, *instr.outputs), sizes, (instr.attrs["eps"],), pixels=pixels)
+    refs = (*instr.inputs, *instr.outputs)
+    if "stats" in instr.kernel or "running" in instr.kernel:
+        return Native(instr.kernel, refs, sizes, (instr.attrs["eps"],), pixels=pixels)
+    return Native(instr.kernel, (*refs, None), sizes, pixels=pixels)
 
 
 def _batchnorm_maxpool2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:

@@ -3,6 +3,7 @@
 // thousand variants of the second derivative.
 #include <math.h>
 
+#include "gate.h"
 #include "sums.h"
 
 namespace fastmaml {
@@ -20,11 +21,14 @@ struct RowsIn {  // VL columns of an operand with rows
     vec operator[](int64_t row) const { return load(p + row * stride); }
 };
 
-struct RowsOut {
+template <Gate G>
+struct RowsOut {  // operand i, through the activation whose mask is the next operand
     float* p;
     int64_t stride;
-    RowsOut(const Call& c, int i, int64_t col) : p(c.f(i) + col), stride(c.stride(i)) {}
-    void set(int64_t row, vec v) const { store(p + row * stride, v); }
+    Activation act;
+    RowsOut(const Call& c, int i, int64_t col)
+        : p(c.f(i) + col), stride(c.stride(i)), act(activation_of(c, i + 1).at(0, col)) {}
+    void set(int64_t row, vec v) const { store(p + row * stride, act.apply<G>(v, row, 0)); }
 };
 
 struct Columns {  // x - mean, xhat and xhat's tangent of one vector of columns; operands x, mean, rstd lead in every
@@ -53,11 +57,14 @@ static inline Tangent tangent_at(const Call& c, int xt, int64_t col) {  // opera
     return {RowsIn(c, xt, col), vector_at(c, xt + 1, col), vector_at(c, xt + 2, col)};
 }
 
-// body(column, rows): of what is written row by row
+// body(operand `out` at a column, column, rows): of what is written row by row
 template <class F>
-static inline void for_area(const Call& c, F body) {
+static inline void for_area(const Call& c, int out, F body) {
     const Area mine = share_rows(pad_lane(c.sizes[0]), c);
-    for (int64_t col = mine.cols.begin; col < mine.cols.end; col += VL) body(col, mine.rows);
+    with_gate(activation_of(c, out + 1).gate, [&](auto gate) {
+        for (int64_t col = mine.cols.begin; col < mine.cols.end; col += VL)
+            body(RowsOut<decltype(gate)::value>(c, out, col), col, mine.rows);
+    });
 }
 
 template <class F>
@@ -197,21 +204,19 @@ void batchnorm_stats_jvp(const Call& c) {  // x, mean, rstd, xt, meant, rstdt
 }
 
 void batchnorm_fwd(const Call& c) {  // x, mean, rstd, gamma?, beta?, y
-    for_area(c, [&](int64_t col, Share rows) {
+    for_area(c, 5, [&](const auto& y, int64_t col, Share rows) {
         const Columns k(c, col);
         const vec scale = k.rstd * vector_at(c, 3, col, 1.f), beta = vector_at(c, 4, col);
-        const RowsOut y(c, 5, col);
         for (int64_t i = rows.begin; i < rows.end; ++i) y.set(i, fma(k.centred(i), scale, beta));
     });
 }
 
 void batchnorm_jvp(const Call& c) {  // x, mean, rstd, gamma?, xt?, meant?, rstdt?, gammat?, betat?, yt
-    for_area(c, [&](int64_t col, Share rows) {
+    for_area(c, 9, [&](const auto& yt, int64_t col, Share rows) {
         const Columns k(c, col);
         const Tangent tangent = tangent_at(c, 4, col);
         const vec gamma = vector_at(c, 3, col, 1.f), xhat_scale = k.rstd * vector_at(c, 7, col),
                   beta_t = vector_at(c, 8, col);
-        const RowsOut yt(c, 9, col);
         for (int64_t i = rows.begin; i < rows.end; ++i) {
             const vec centred = k.centred(i);
             yt.set(i, fma(gamma, tangent(k, centred, i), fma(centred, xhat_scale, beta_t)));
@@ -258,10 +263,9 @@ void batchnorm_bwd_stats_jvp(const Call& c) {  // x, mean, rstd, dy?, xt?, meant
 void batchnorm_bwd_input(const Call& c) {  // x, mean, rstd, gamma?, dy, s1, s2, dx
     const int64_t n = stat_rows_here(c);
     const vec total = splat(n ? static_cast<float>(stat_rows(c)) : 1.f);
-    for_area(c, [&](int64_t col, Share rows) {
+    for_area(c, 7, [&](const auto& dx, int64_t col, Share rows) {
         const Columns k(c, col);
         const RowsIn dy(c, 4, col);
-        const RowsOut dx(c, 7, col);
         const vec scale = k.rstd * vector_at(c, 3, col, 1.f);
         const vec e1 = vector_at(c, 5, col) / total, e2 = k.rstd * vector_at(c, 6, col) / total;
         for (int64_t i = rows.begin; i < n && i < rows.end; ++i) dx.set(i, scale * fma(-k.centred(i), e2, dy[i] - e1));
@@ -274,11 +278,10 @@ void batchnorm_bwd_input(const Call& c) {  // x, mean, rstd, gamma?, dy, s1, s2,
 void batchnorm_bwd_input_jvp(const Call& c) {
     const int64_t n = stat_rows_here(c);
     const vec total = splat(n ? static_cast<float>(stat_rows(c)) : 1.f);
-    for_area(c, [&](int64_t col, Share rows) {
+    for_area(c, 14, [&](const auto& dxt, int64_t col, Share rows) {
         const Columns k(c, col);
         const Tangent tangent = tangent_at(c, 7, col);
         const RowsIn dy(c, 4, col), dyt(c, 11, col);
-        const RowsOut dxt(c, 14, col);
         const vec gamma = vector_at(c, 3, col, 1.f), scale = gamma * k.rstd;
         const vec scale_t = fma(vector_at(c, 10, col), k.rstd, gamma * tangent.rstd_t);
         const vec e1 = vector_at(c, 5, col) / total, e2 = vector_at(c, 6, col) / total;

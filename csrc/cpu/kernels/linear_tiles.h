@@ -5,7 +5,7 @@
 // half a digit against a blocked one) in a fixed order, whatever the tile, the block of rows or the team: bits do not
 // depend on them.
 #pragma once
-#include "../simd.h"
+#include "gate.h"
 
 namespace fastmaml {
 namespace FASTMAML_ISA {
@@ -25,38 +25,6 @@ struct Pair {  // one product x w of a sum of products; w is [k][ldw]
     const float* w;
     int64_t ldw;
 };
-
-// The piecewise linear activation that follows a product, or whose reverse or tangent does.
-enum class Gate { kNone, kMake, kApply };  // kMake: mask = y > 0 is written; kApply: it is given
-struct Activation {
-    Gate gate;
-    uint8_t* mask;  // or null where nobody reads it
-    int64_t ldm;
-    float slope;
-
-    Activation at(int64_t row, int64_t column) const {
-        return {gate, mask ? mask + row * ldm + column : nullptr, ldm, slope};
-    }
-    vec low(vec v) const { return slope == 0.f ? vec{} : v * splat(slope); }
-    template <Gate G>
-    __attribute__((always_inline)) vec apply(vec v, int64_t row, int64_t column) const {  // as the kernels of relu.cpp
-        if (G == Gate::kNone) return v;
-        if (G == Gate::kApply) return select(load_mask(mask + row * ldm + column), v, low(v));
-        if (mask) store_mask(mask + row * ldm + column, v > vec{});
-        return slope == 0.f ? select(v <= vec{}, vec{}, v) : select(v > vec{}, v, low(v));
-    }
-    __attribute__((always_inline)) vec operator()(vec v, int64_t row, int64_t column) const {
-        return gate == Gate::kNone   ? v
-               : gate == Gate::kMake ? apply<Gate::kMake>(v, row, column)
-                                     : apply<Gate::kApply>(v, row, column);
-    }
-};
-static constexpr Activation kLinear = {Gate::kNone, nullptr, 0, 0.f};
-
-// The operand `mask` of a fused call; numbers {gate, slope}
-static inline Activation activation_of(const Call& c, int mask) {
-    return {static_cast<Gate>(static_cast<int>(c.numbers[0])), c.mask(mask), c.row_stride[mask], c.numbers[1]};
-}
 
 template <Gate G, int R, int C>
 __attribute__((always_inline)) static inline void store_tile(vec (&acc)[R][C], float* y, int64_t ldy, const float* init,

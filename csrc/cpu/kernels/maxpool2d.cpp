@@ -25,11 +25,9 @@ static inline void forward(const Call& c) {
         const float* x = c.f(0) + row * c.stride(0);
         float* y = c.operands[1] ? c.f(1) + row * c.stride(1) : nullptr;
         Index* index = index_row<Index>(c, 2, row);
-        for (int64_t ow = 0; ow < g.cols.outputs; ++ow) {
-            const int64_t at = g.out(oh, ow);
-            (whole ? window_max<2, false, Index> : window_max<0, false, Index>)(g, oh, ow, x, nullptr, y ? y + at : y,
-                                                                                index ? index + at : index);
-        }
+        const int64_t at = g.out(oh, 0);
+        (whole ? line_max<2, false, Index> : line_max<0, false, Index>)(g, oh, x, nullptr, y ? y + at : y,
+                                                                        index ? index + at : index);
     });
 }
 

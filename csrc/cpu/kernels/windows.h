@@ -46,25 +46,30 @@ static inline bool tiles_2x2(const Pool& g) {  // windows of 2 x 2 that are all 
     return g.rows.kernel == 2 && g.cols.kernel == 2 && !g.rows.pad && !g.cols.pad;
 }
 
-// The first maximum of a window, and any NaN, as torch. kSigned: of x times the sign of gamma, where gamma is given.
+// The first maximum of each window of a line of outputs, and any NaN, as torch. kSigned: of x times the sign of gamma,
+// where gamma is given.
 template <int kSide, bool kSigned, class Index>
-static inline void window_max(const Pool& g, int64_t oh, int64_t ow, const float* x, const float* gamma, float* y,
-                              Index* index) {
-    const Span i = g.rows.taps(oh), j = g.cols.taps(ow);
-    const int64_t first = g.in(g.rows.start(oh) + i.begin, g.cols.start(ow) + j.begin);
+static inline void line_max(const Pool& g, int64_t oh, const float* x, const float* gamma, float* y, Index* index) {
+    const Span rows = g.rows.taps(oh);
+    const vec zero = vec{}, up = splat(1.f);
     for (int64_t l = 0; l < g.lanes; l += VL) {
-        const vec zero = vec{}, up = splat(1.f), scale = kSigned && gamma ? load(gamma + l) : up;
+        const vec scale = kSigned && gamma ? load(gamma + l) : up;
         const vec sign = select(scale > zero, up, select(scale < zero, -up, zero));
-        vec best = load(x + first + l);
-        ivec which = isplat(static_cast<int32_t>(i.begin * g.cols.kernel + j.begin));
-        for_taps<kSide>(g, oh, ow, [&](int64_t at, int32_t tap) {
-            const vec v = load(x + at + l);
-            const ivec take = (kSigned ? v * sign > best * sign : v > best) | (v != v);
-            best = select(take, v, best);
-            which = choose(take, isplat(tap), which);
-        });
-        if (y) store(y + l, best);
-        if (index) store_index(index + l, which);
+        for (int64_t ow = 0; ow < g.cols.outputs; ++ow) {
+            const int64_t i = rows.begin, j = g.cols.taps(ow).begin;
+            vec best = load(x + g.in(g.rows.start(oh) + i, g.cols.start(ow) + j) + l), signed_best = best * sign;
+            ivec which = isplat(static_cast<int32_t>(i * g.cols.kernel + j));
+            for_taps<kSide>(g, oh, ow, [&](int64_t at, int32_t tap) {
+                const vec v = load(x + at + l), signed_v = kSigned ? v * sign : v;
+                const ivec take = (signed_v > (kSigned ? signed_best : best)) | (v != v);
+                best = select(take, v, best);
+                if (kSigned) signed_best = select(take, signed_v, signed_best);
+                which = choose(take, isplat(tap), which);
+            });
+            const int64_t at = ow * g.lanes + l;
+            if (y) store(y + at, best);
+            if (index) store_index(index + at, which);
+        }
     }
 }
 

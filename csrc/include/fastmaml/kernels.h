@@ -66,16 +66,17 @@ using Kernel = void (*)(const Call&);
     K(factored_linear_fwd)   /* a, g, d, b?, y:                    y = a + g d + b */ \
     K(factored_linear_jvp)   /* d?, bt, yt:                        yt = d + bt, row by row */ \
     K(factored_linear_bwd)   /* g, dy, dd:                         dd = g^T dy */ \
-    /* batchnorm over rows: sizes {c, stat rows: 0, -1 all, -2 those of the support; pixels of a row}, numbers {eps}. xhat = (x - mean) rstd, xhatt its tangent */ \
+    /* batchnorm over rows: sizes {c, stat rows: 0, -1 all, -2 those of the support; pixels of a row}, numbers {eps} of stats_fwd and running, \
+       "act" of the linear kernels in those with a mask?. xhat = (x - mean) rstd, xhatt its tangent */ \
     K(batchnorm_stats_fwd)   /* x, mean, rstd:                     rstd = 1 / sqrt(biased variance + eps) */ \
     K(batchnorm_running_fwd) /* running_mean, running_var, mean, rstd */ \
     K(batchnorm_stats_jvp)   /* x, mean, rstd, xt, meant, rstdt:   meant = E[xt], rstdt = -rstd^3 E[(x - mean) xt] */ \
-    K(batchnorm_fwd)         /* x, mean, rstd, gamma?, beta?, y:   y = gamma xhat + beta */ \
-    K(batchnorm_jvp)         /* x, mean, rstd, gamma?, xt?, meant?, rstdt?, gammat?, betat?, yt */ \
+    K(batchnorm_fwd)         /* x, mean, rstd, gamma?, beta?, y, mask?: y = act(gamma xhat + beta) */ \
+    K(batchnorm_jvp)         /* x, mean, rstd, gamma?, xt?, meant?, rstdt?, gammat?, betat?, yt, mask? */ \
     K(batchnorm_bwd_stats)   /* x, mean, rstd, dy, s1, s2:         s1 = sum dy, s2 = sum dy xhat (also dbeta, dgamma) */ \
-    K(batchnorm_bwd_input)   /* x, mean, rstd, gamma?, dy, s1, s2, dx: dx = gamma rstd (dy - [stat row] (s1 + xhat s2) / N) */ \
+    K(batchnorm_bwd_input)   /* x, mean, rstd, gamma?, dy, s1, s2, dx, mask?: dx = gamma rstd (dy - [stat row] (s1 + xhat s2) / N) */ \
     K(batchnorm_bwd_stats_jvp) /* x, mean, rstd, dy?, xt?, meant?, rstdt?, dyt?, s1t?, s2t? */ \
-    K(batchnorm_bwd_input_jvp) /* x, mean, rstd, gamma?, dy?, s1?, s2?, xt?, meant?, rstdt?, gammat?, dyt?, s1t?, s2t?, dxt */ \
+    K(batchnorm_bwd_input_jvp) /* x, mean, rstd, gamma?, dy?, s1?, s2?, xt?, meant?, rstdt?, gammat?, dyt?, s1t?, s2t?, dxt, mask? */ \
     /* the same of what a max pooling chooses (plan/pooling.py), windows as in maxpool2d below, sizes[10] as stat rows above */ \
     K(batchnorm_maxpool2d_fwd) /* x, gamma?, y?, index?:           of each window the first maximum of x times the sign of gamma */ \
     K(batchnorm_maxpool2d_bwd_input) /* x, mean, rstd, gamma?, dy, index, s1, s2, dx: as batchnorm_bwd_input, dy at the chosen pixels */ \
