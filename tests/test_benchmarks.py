@@ -15,12 +15,13 @@ import torch
 from plain_loop import one_thread  # noqa: F401
 from test_omniglot import SUBSET, members, write_zip
 
+import fastmaml
 from fastmaml import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # the benchmarks are not installed; last, so that the package is the one under test
 
-from benchmarks import engine  # noqa: E402
+from benchmarks import compare, engine  # noqa: E402
 from benchmarks.conv import straight_line  # noqa: E402
 from benchmarks.peers import CONV_PEERS, OURS, maml_of, plain_loop  # noqa: E402
 from benchmarks.workloads import CONV_WORKLOADS, WORKLOADS, Workload, mini_imagenet, pooled, strided  # noqa: E402
@@ -158,3 +159,31 @@ def test_quick_engine(tmp_path: Path) -> None:
 def test_training_needs_data(tmp_path: Path) -> None:
     done = run("conv", "training", "--quick", cache=tmp_path)
     assert done.returncode == 2 and "--data" in done.stderr and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- another revision
+def test_interval_of_ratios() -> None:
+    ratios = [1.0 + 0.01 * (i % 7 - 3) for i in range(70)]
+    low, high = compare.interval(ratios)
+    assert 0.98 <= low <= 1.0 <= high <= 1.02
+    assert compare.interval([1.5] * 5) == (1.5, 1.5)
+
+
+@pytest.mark.slow
+def test_two_sides_in_turns() -> None:
+    theirs, ours = (compare.Side(Path(fastmaml.__file__).parent.parent, threads=1) for _ in range(2))
+    try:
+        row = compare.compare("sinusoid K=1", theirs, ours, budget=0)
+        assert row["pairs"] == 5 and row["theirs_ms"] > 0 and row["low"] <= row["ratio"] <= row["high"]
+        with pytest.raises(RuntimeError, match="KeyError: 'no such workload'"):
+            ours.turn("no such workload")
+    finally:
+        theirs.close()
+        ours.close()
+
+
+def test_compare_says_what_is_wrong(tmp_path: Path) -> None:
+    done = run("compare", "HEAD", "--only", "resnet", cache=tmp_path)
+    assert done.returncode == 2 and "no workload's name contains it; there are sinusoid K=1" in done.stderr
+    done = run("compare", "no-such-revision", cache=tmp_path)
+    assert done.returncode == 1 and "REV='no-such-revision': git cannot check it out" in done.stderr and "Traceback" not in done.stderr
