@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ class Windows:
 
     @property
     def item_bytes(self) -> int:
-        return 4 if wide_index({"kernel": self.kernel}) else 1
+        return 4 if wide_index(self.kernel) else 1
 
     def flat(self, position: Tensor) -> Tensor:
         """[n, c, h, w] positions as indices into the image."""
@@ -183,7 +182,7 @@ def _batchnorm_maxpool2d(instr: Instruction, buffers: Buffers, extent: str | Non
     image = _image(instr.inputs[0], buffers, "batchnorm_maxpool2d")
     a, rows = instr.attrs, instr.attrs.get("stat_rows")
     stat = 0 if rows is None else -1 if rows == extent else -2
-    sizes = (*image, *a["kernel"], *a["stride"], *a["padding"], int(wide_index(a)), stat)
+    sizes = (*image, *a["kernel"], *a["stride"], *a["padding"], int(wide_index(a["kernel"])), stat)
     return Native(instr.kernel, (*instr.inputs, *instr.outputs), sizes)
 
 
@@ -234,16 +233,16 @@ def _pool(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     back, a = mode.startswith("bwd"), instr.attrs
     image = _image(instr.outputs[0] if back else instr.inputs[0], buffers, op)
     if op == "maxpool2d":
-        mode, flag = {"fwd": "fwd", "replay": "replay", "jvp": "replay"}.get(mode, "bwd"), wide_index(a)
+        mode, flag = {"fwd": "fwd", "replay": "replay", "jvp": "replay"}.get(mode, "bwd"), wide_index(a["kernel"])
     else:
         mode, flag = "bwd" if back else "fwd", a["count_include_pad"]
     sizes = (*image, *a["kernel"], *a["stride"], *a["padding"], int(flag))
     return Native(f"{op}_{mode}", (*instr.inputs, *instr.outputs), sizes)
 
 
-def wide_index(attrs: Mapping[str, Any]) -> bool:
+def wide_index(kernel: tuple[int, int]) -> bool:
     """Whether the positions in the windows of a maxpool2d need int32: there are more than a byte can tell apart."""
-    return attrs["kernel"][0] * attrs["kernel"][1] > 256
+    return kernel[0] * kernel[1] > 256
 
 
 def _global_avgpool2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:

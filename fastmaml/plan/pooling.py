@@ -20,8 +20,7 @@ MONOTONE = ("relu", "leaky_relu")
 
 def pool_first(program: Program) -> Program:
     """max pooling moves before the activation and the batch norm in front of it."""
-    program = _merge_norms(program, _swap(program))
-    return program
+    return _merge_norms(program, *_swap(program))
 
 
 def _uses(ops: list[Op], program: Program) -> dict[int, int]:
@@ -53,8 +52,7 @@ def _swap(program: Program) -> tuple[list[Op], list[Value]]:
     return ops, values
 
 
-def _merge_norms(program: Program, swapped: tuple[list[Op], list[Value]]) -> Program:
-    ops, values = swapped
+def _merge_norms(program: Program, ops: list[Op], values: list[Value]) -> Program:
     uses = _uses(ops, program)
     for pool in [op for op in ops if op.name == "maxpool2d"]:
         norm = _producer(ops, pool, uses)

@@ -43,37 +43,37 @@ struct Strip {  // floats from one row, pixel, image to the next
 static constexpr int64_t kStripFloats = 64 * 1024, kWeightFloats = 80 * 1024;  // what each kernel has of its scratch
 static_assert((kStripFloats + kWeightFloats + 4096) * 4 <= kScratchBytes, "scratch");
 
-static void bring_planes(const Image& from, const Region& r, float* to) {
-    for (int64_t i = 0; i < r.rows; ++i) {
-        float* row = to + i * r.cols * r.channels;
+// body(row of the image, where it goes, first and last column of the region inside) for the rows of a region; those
+// outside of the image become zeros
+template <class F>
+static inline void for_region(const Image& from, const Region& r, float* to, F body) {
+    int64_t begin = r.col < 0 ? -r.col : 0, end = from.w - r.col < r.cols ? from.w - r.col : r.cols;
+    if (begin > r.cols) begin = r.cols;
+    if (end < begin) end = begin;
+    for (int64_t i = 0; i < r.rows; ++i, to += r.cols * r.channels) {
         const int64_t h = r.row + i;
-        if (h < 0 || h >= from.h) {
-            std::memset(row, 0, r.cols * r.channels * sizeof(float));
-            continue;
-        }
-        const int64_t begin = r.col < 0 ? -r.col : 0, end = from.w - r.col < r.cols ? from.w - r.col : r.cols;
+        if (h >= 0 && h < from.h)
+            body(h, to, begin, end);
+        else
+            std::memset(to, 0, r.cols * r.channels * sizeof(float));
+    }
+}
+
+static void bring_planes(const Image& from, const Region& r, float* to) {
+    for_region(from, r, to, [&](int64_t h, float* row, int64_t begin, int64_t end) {
         for (int64_t c = 0; c < r.channels; ++c) {
             const float* plane = from.p + ((r.c0 + c) * from.h + h) * from.w + r.col;
             int64_t j = 0;
-            for (; j < begin && j < r.cols; ++j) row[j * r.channels + c] = 0.f;
+            for (; j < begin; ++j) row[j * r.channels + c] = 0.f;
             for (; j < end; ++j) row[j * r.channels + c] = plane[j];
             for (; j < r.cols; ++j) row[j * r.channels + c] = 0.f;
         }
-    }
+    });
 }
 
 static void bring_pixels(const Image& from, const Region& r, float* to) {
     const int64_t padded = pad_lane(from.c);
-    int64_t begin = r.col < 0 ? -r.col : 0, end = from.w - r.col < r.cols ? from.w - r.col : r.cols;
-    if (begin > r.cols) begin = r.cols;
-    if (end < begin) end = begin;
-    for (int64_t i = 0; i < r.rows; ++i) {
-        float* row = to + i * r.cols * r.channels;
-        const int64_t h = r.row + i;
-        if (h < 0 || h >= from.h) {
-            std::memset(row, 0, r.cols * r.channels * sizeof(float));
-            continue;
-        }
+    for_region(from, r, to, [&](int64_t h, float* row, int64_t begin, int64_t end) {
         const float* pixel = from.p + (h * from.w + r.col + begin) * padded + r.c0;
         std::memset(row, 0, begin * r.channels * sizeof(float));
         row += begin * r.channels;
@@ -85,7 +85,7 @@ static void bring_pixels(const Image& from, const Region& r, float* to) {
                 std::memcpy(row, pixel, r.channels * sizeof(float));
         }
         std::memset(row, 0, (r.cols - end) * r.channels * sizeof(float));
-    }
+    });
 }
 
 // How a source is cut so that its strips fit: channels at a time, and of those output columns and rows at a time. The
