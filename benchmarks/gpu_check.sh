@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: benchmarks/gpu_check.sh, from a bare copy of the working tree. Nothing is
+# downloaded; the machine has torch with CUDA, nvcc, triton, pybind11, ninja and pytest.
+#
+#   OUT        where the results go, at most eight files (default benchmarks/results/<date>-gpu)
+#   PEERS_DIR  folder with further peers to import (higher, torchopt, learn2learn)
+#   PYTHON     interpreter (default python3)
+#   TESTS      files to test (default: all)
+#
+# A step that fails or cannot run does not stop the others: the table at the end says what became of each, and the exit
+# status is that of the worst.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=$(realpath -m "${OUT:-benchmarks/results/$(date +%F)-gpu}")
+TESTS=${TESTS:-$(ls tests/test_*.py)}
+export PYTHONPATH="$PWD${PEERS_DIR:+:$PEERS_DIR}${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$OUT"
+table="$OUT/summary.txt"
+: >"$table"
+worst=0
+
+note() { printf '%-12s %-44s %s\n' "$1" "$2" "$3" >>"$table"; echo "$1: $2"; }
+
+# step NAME SECONDS FUNCTION: its output goes to NAME.log
+step() {
+    local name=$1 limit=$2 begin=$SECONDS status
+    timeout --kill-after=10 "$limit" bash -c "$3" >"$OUT/$name.log" 2>&1
+    status=$?
+    local said="ok"
+    [ $status -eq 124 ] && said="not finished in $limit s"
+    [ $status -ne 0 ] && [ $status -ne 124 ] && said="FAILED, status $status: see $name.log"
+    [ $status -ne 0 ] && worst=1
+    note "$name" "$said" "$((SECONDS - begin)) s"
+    return $status
+}
+
+machine() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || echo "no NVIDIA GPU"
+    nvcc --version | tail -n 2 || echo "no nvcc"
+    "$PYTHON" - <<'EOF'
+import importlib, platform, sys
+print("python", platform.python_version())
+for name in ("torch", "triton", "pybind11", "numpy", "learn2learn", "higher", "torchopt", "jax"):
+    try:
+        print(name, getattr(importlib.import_module(name), "__version__", "there"))
+    except Exception as error:
+        print(name, "absent:", f"{type(error).__name__}: {error}".splitlines()[0])
+import torch
+print("CUDA in torch:", torch.version.cuda, "| usable:", torch.cuda.is_available())
+EOF
+}
+
+# Every file in a process of its own, as many at once as there are cores: the machine need not have pytest-xdist.
+run_tests() {
+    # shellcheck disable=SC2086
+    printf '%s\n' $TESTS | xargs -P "$(nproc)" -I{} sh -c '
+        said=$("$0" -m pytest -q -p no:cacheprovider {} 2>&1); status=$?
+        echo "$said" | tail -n 1 | sed "s|^|{}: |"
+        [ $status -eq 0 ] || [ $status -eq 5 ] || { echo "$said" | tail -n 60; exit 1; }' "$PYTHON"
+}
+
+build() { "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m fastmaml; }
+
+# compute-sanitizer on the tests of the CUDA kernels.
+sanitizer() { compute-sanitizer --error-exitcode 1 --require-cuda-init no "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_*.py; }
+
+engine() { "$PYTHON" -m benchmarks.engine --no-compile --budget 3 --threads "$(nproc)" --out "$OUT/engine.json"; }
+conv() { "$PYTHON" -m benchmarks.conv time --budget 3 --threads "$(nproc)" --out "$OUT/conv-time.json"; }
+
+export PYTHON OUT TESTS
+export -f machine build run_tests sanitizer engine conv
+
+echo "results: $OUT"
+step machine 60 machine
+if step build 240 build; then
+    step tests 420 run_tests
+    if ! "$PYTHON" -c 'import fastmaml._cuda' 2>/dev/null; then
+        note sanitizer "not run: there is no fastmaml._cuda" -
+    elif ! command -v compute-sanitizer >/dev/null; then
+        note sanitizer "not run: there is no compute-sanitizer" -
+    else
+        step sanitizer 180 sanitizer
+    fi
+    step engine 90 engine
+    step conv 120 conv
+fi
+{ echo && cat "$OUT/machine.log"; } >>"$table" && rm "$OUT/machine.log"
+echo
+cat "$table"
+exit $worst
