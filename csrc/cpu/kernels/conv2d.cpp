@@ -278,14 +278,15 @@ void backward_residue(const Call& c, const Shape& s, const Source* sources, int 
                 for_pieces(cut, first, lines, v.count, [&](int64_t row, int64_t rows, int64_t col, int64_t width) {
                     const Region region = {
                         row + h.offset + a, col + v.offset, rows - 1 + taps, width - 1 + v.taps, o0, outputs};
-                    for (int t = 0; t < n && p.taps_h; ++t) {
+                    const int products = taps ? n : 0;  // none: no tap reaches these pixels
+                    for (int t = 0; t < products; ++t) {
                         const float* dy = c.f(sources[t].operand) + image * c.stride(sources[t].operand);
                         terms[t].strip = bring({dy, s.o, s.oh, s.ow, false}, images, c.stride(sources[t].operand),
                                                region, c.scratch + t * (kStripFloats / n));
                     }
                     p.y = c.f(out) + image * c.stride(out) + k +
                           ((h.start + row * s.sh) * s.w + v.start + col * s.sw) * padded;
-                    multiply(terms, n, p, images, rows, width);
+                    multiply(terms, products, p, images, rows, width);
                 });
             });
             begun = true;
