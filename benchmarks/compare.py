@@ -109,7 +109,10 @@ def built(revision: str) -> Iterator[Path]:
 
 
 def _checked(command: list[str], cwd: Path, what: str) -> None:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise SystemExit(f"{what}: there is no {command[0]} here") from None
     if done.returncode:
         raise SystemExit(f"{what}:\n{done.stderr.strip()[-2000:]}")
 

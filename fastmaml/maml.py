@@ -42,7 +42,7 @@ class MAML(Trained):
     learn_inner_lr      make the rates parameters (Meta-SGD, LSLR), in the shape in which inner_lr is given
     step_loss_weights   multi-step loss (MAML++): one weight per inner step, or one more in front for the loss before it
     batchnorm           "batch" (the default: statistics of each batch, query included) | "support" | "running"
-    memory              "constant" | "fast" (keeps the activations of the inner steps)
+    memory              "constant" (of one inner step alone up to 8 MB of activations per task in flight are kept) | "fast" (keeps those of all steps)
     backend             "auto" | "cpu" | "torch" | "autograd"; asked for by name it runs there or raises
     on_nonfinite        "raise" | "skip" tasks whose loss or gradient is not finite
 

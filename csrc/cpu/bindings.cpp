@@ -144,7 +144,11 @@ fastmaml::Plan read_plan(const std::vector<int64_t>& words) {
             fastmaml::Group group;
             group.rows = static_cast<Rows>(in.next());
             group.block_rows = in.next();
-            for (int i = in.count(); i > 0; --i) group.instructions.push_back(read_instruction(in, plan));
+            for (int i = in.count(); i > 0; --i) {
+                group.instructions.push_back(read_instruction(in, plan));
+                if (group.instructions.back().stages > 1 && phase.scope != fastmaml::Scope::kTask)
+                    throw std::runtime_error("fastmaml._cpu: a kernel in stages needs the team of a task");
+            }
             phase.groups.push_back(std::move(group));
         }
         plan.phases.push_back(std::move(phase));
