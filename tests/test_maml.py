@@ -864,3 +864,15 @@ def test_no_warning_in_ordinary_use() -> None:
         maml.meta_grad(tasks)
         maml.adapt(*tasks[:2])(tasks[2])
         assert "gradient" in maml.explain(tasks) and maml.plan(tasks).steps == 3
+
+
+@backends
+def test_gradients_lie_as_their_parameters(how) -> None:
+    """Else autograd copies them and warns, even of the stride of an axis of one: the bias of a network with one output."""
+    model = nn.Sequential(nn.Linear(3, 1), nn.Tanh(), nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    maml = made(how, model, loss="mse")
+    x, y = torch.randn(2, 5, 3, dtype=how[1]), torch.randn(2, 5, 1, dtype=how[1])
+    for call in (lambda: maml((x, y, x, y)).loss.backward(), lambda: maml.meta_grad((x, y, x, y))):
+        model.zero_grad()
+        call()
+        assert all(p.grad.stride() == p.stride() for p in model.parameters())

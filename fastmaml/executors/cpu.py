@@ -142,7 +142,11 @@ def _aligned(tensor: Tensor) -> int:
 
 def _template(shape: tuple[int, ...], dtype: torch.dtype = _REAL) -> Tensor:
     """Of one element. torch.empty_like of it takes half of torch.empty's time, and a small network feels that."""
-    return torch.empty((), dtype=dtype).expand(shape)
+    strides, step = [], 1
+    for n in reversed(shape):  # an axis of one keeps its stride in the copy: autograd warns of a gradient whose strides are not the parameter's
+        strides.append(step if n == 1 else 0)
+        step *= n
+    return torch.empty((), dtype=dtype).as_strided(shape, strides[::-1])
 
 
 @lru_cache(maxsize=256)

@@ -40,18 +40,19 @@ static void narrow_input(const Call& c, const Pair* pairs, int n_pairs, float* d
     if constexpr (O > 1)
         if (out < O) return narrow_input<O - 1>(c, pairs, n_pairs, dx, ldx, act);
     const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
-    for (int64_t k = s.begin * kLane; k < s.end * kLane; k += VL)
-        for (int p = 0; p < n_pairs; ++p) {
-            vec w[O];
-            for (int o = 0; o < O; ++o) w[o] = load(pairs[p].w + o * pairs[p].ldw + k);
-            const bool last = p == n_pairs - 1;
-            for (int64_t r = 0; r < c.n; ++r) {
+    for (int64_t k = s.begin * kLane; k < s.end * kLane; k += VL) {
+        vec w[2][O];
+        for (int p = 0; p < n_pairs; ++p)
+            for (int o = 0; o < O; ++o) w[p][o] = load(pairs[p].w + o * pairs[p].ldw + k);
+        for (int64_t r = 0; r < c.n; ++r) {
+            vec acc{};
+            for (int p = 0; p < n_pairs; ++p) {
                 const float* d = pairs[p].x + r * pairs[p].ldx;
-                vec acc = p ? load(dx + r * ldx + k) : vec{};
-                for (int o = 0; o < O; ++o) acc = fma(splat(d[o]), w[o], acc);
-                store(dx + r * ldx + k, last ? act(acc, r, k) : acc);
+                for (int o = 0; o < O; ++o) acc = fma(splat(d[o]), w[p][o], acc);
             }
+            store(dx + r * ldx + k, act(acc, r, k));
         }
+    }
 }
 
 // One vector of inputs of dw (or its epilogue) over n rows of the batch; `left`: inputs from here on
