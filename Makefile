@@ -21,6 +21,9 @@ demo: install ## train, adapt, draw: three minutes
 test: install ## every test, or those in TESTS=
 	$(PYTEST) -n 2 $(TESTS)
 
+bench: install $(VENV)/peers ## fastmaml beside what people run today: under twenty minutes
+	$(BIN)/python -m benchmarks.run
+
 lint: install ## ruff, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
@@ -64,8 +67,13 @@ $(VENV)/fastmaml: pyproject.toml | $(VENV)/torch
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
 	touch $@
 
+# What cannot be installed here is a row with the reason.
+$(VENV)/peers: | $(VENV)/fastmaml
+	for peer in higher torchopt jax; do $(BIN)/python -m pip install -q $$peer || echo "no $$peer"; done
+	touch $@
+
 $(VENV)/native: setup.py $(shell find csrc) $(VENV)/fastmaml
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
-.PHONY: help install demo test lint format sanitize wheels clean
+.PHONY: help install demo test bench lint format sanitize wheels clean

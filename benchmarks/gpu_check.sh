@@ -7,6 +7,8 @@
 #   PYTHON     interpreter (default python3)
 #   TESTS      files to test (default: all)
 #
+# Files: summary.txt, tests.log, sanitizer.log, bench.log, results.json, report.md and two pictures.
+#
 # A step that fails or cannot run does not stop the others: the table at the end says what became of each, and the exit
 # status is that of the worst.
 set -u
@@ -76,12 +78,11 @@ build() { "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m fastmaml; }
 # compute-sanitizer on the tests of the CUDA kernels.
 sanitizer() { compute-sanitizer --error-exitcode 1 --require-cuda-init no "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_*.py; }
 
-engine() { "$PYTHON" -m benchmarks.engine --no-compile --budget 3 --threads "$(nproc)" --out "$OUT/engine.json"; }
-conv() { "$PYTHON" -m benchmarks.conv time --budget 3 --threads "$(nproc)" --out "$OUT/conv-time.json"; }
+bench() { "$PYTHON" -m benchmarks.run --parts speed --budget 1 --agreement 8 --time-limit 40 --threads "$(nproc)" --out "$OUT"; }
 
 export PYTHON OUT TESTS
 export OMP_WAIT_POLICY=passive  # the threads of many processes share the cores
-export -f machine build run_tests sanitizer engine conv
+export -f machine build run_tests sanitizer bench
 
 echo "results: $OUT"
 step machine 60 machine
@@ -94,8 +95,8 @@ if step build 240 build; then
     else
         step sanitizer 180 sanitizer
     fi
-    step engine 90 engine
-    step conv 120 conv
+    step bench 210 bench
+    rm "$OUT/build.log"
 fi
 { echo && cat "$OUT/machine.log"; } >>"$table" && rm "$OUT/machine.log"
 echo

@@ -1,8 +1,9 @@
-"""The same meta-gradient by the means people have today. Each peer is made once per workload and called with the tasks: it leaves gradients in ``.grad``."""
+"""The same meta-gradient by the means that people have today. Each is made once per workload and called with the tasks: it adds gradients to ``.grad``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,33 @@ from benchmarks.workloads import Tasks, Workload
 Step = Callable[[Tasks], Tensor]  # one meta-iteration; returns the loss
 
 
-def _loss(w: Workload) -> Callable[[Tensor, Tensor], Tensor]:
-    return F.mse_loss if w.loss == "mse" else F.cross_entropy
+@dataclass(frozen=True)
+class Peer:
+    """A way of computing a meta-gradient.
+
+    make      (model, workload) -> its meta-iteration
+    absent    why it cannot run a workload here, or None: a library that is not installed, a layer that it does not know
+    compiles  compiles for one shape of the batch: it is held against float64 on whole batches, and its first call has a column of its own
+    """
+
+    name: str
+    make: Callable[[nn.Module, Workload], Step]
+    absent: Callable[[Workload], str | None] = lambda w: None
+    compiles: bool = False
 
 
+def loss_of(w: Workload) -> Callable[[Tensor, Tensor], Tensor]:
+    """(output, target) -> loss, as the workload reduces it."""
+    of = F.mse_loss if w.loss == "mse" else F.cross_entropy
+    if w.reduction == "mean":
+        return of
+    return lambda output, target: of(output, target, reduction="sum") / w.reduction
+
+
+# ------------------------------------------------------------------------------------------------- torch.autograd
 def plain_loop(model: nn.Module, w: Workload) -> Step:
     """Task by task, torch.autograd.grad with create_graph: what a loop of one's own, higher or learn2learn do."""
-    loss_fn, adapted = _loss(w), w.adapted(model)
+    loss_fn, adapted = loss_of(w), w.adapted(model)
 
     def step(tasks: Tasks) -> Tensor:
         params = dict(model.named_parameters())
@@ -30,7 +51,7 @@ def plain_loop(model: nn.Module, w: Workload) -> Step:
             fast = params
             for _ in range(w.inner_steps):
                 inner = loss_fn(functional_call(model, fast, (sx,)), sy)
-                grads = torch.autograd.grad(inner, [fast[n] for n in adapted], create_graph=True)
+                grads = torch.autograd.grad(inner, [fast[n] for n in adapted], create_graph=not w.first_order)
                 fast = fast | {n: fast[n] - w.inner_lr * g for n, g in zip(adapted, grads, strict=True)}
             total = total + loss_fn(functional_call(model, fast, (qx,)), qy) / len(tasks[0])
         total.backward()
@@ -53,14 +74,15 @@ def channels_last_loop(model: nn.Module, w: Workload) -> Step:
     return step
 
 
+# ------------------------------------------------------------------------------------------------- torch.func
 def _task_loss(model: nn.Module, w: Workload) -> Callable[..., Tensor]:
-    loss_fn, adapted = _loss(w), w.adapted(model)
+    loss_fn, adapted = loss_of(w), w.adapted(model)
 
     def task_loss(params: dict[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         fast = {n: params[n] for n in adapted}
         for _ in range(w.inner_steps):
             g = grad(lambda p: loss_fn(functional_call(model, params | p, (sx,)), sy))(fast)
-            fast = {n: fast[n] - w.inner_lr * g[n] for n in fast}
+            fast = {n: fast[n] - w.inner_lr * (g[n].detach() if w.first_order else g[n]) for n in fast}
         return loss_fn(functional_call(model, params | fast, (qx,)), qy)
 
     return task_loss
@@ -76,18 +98,24 @@ def _meta_gradient(model: nn.Module, w: Workload) -> Callable[..., tuple[dict[st
     return grad(mean, has_aux=True)
 
 
-def _store(model: nn.Module, grads: dict[str, Tensor]) -> None:
+def store(model: nn.Module, grads: dict[str, Tensor]) -> None:
+    """Adds to ``.grad``."""
     for name, p in model.named_parameters():
         p.grad = grads[name] if p.grad is None else p.grad + grads[name]
 
 
-def func_vmap(model: nn.Module, w: Workload) -> Step:
+def _detached(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def func_vmap(model: nn.Module, w: Workload, gradient: Callable | None = None) -> Step:
     """torch.func: vmap over tasks of grad of grad."""
-    gradient = _meta_gradient(model, w)
+    prepare_norms(model, w)
+    gradient = gradient or _meta_gradient(model, w)
 
     def step(tasks: Tasks) -> Tensor:
-        grads, loss = gradient({n: p.detach() for n, p in model.named_parameters()}, *tasks)
-        _store(model, grads)
+        grads, loss = gradient(_detached(model), *tasks)
+        store(model, grads)
         return loss
 
     return step
@@ -95,14 +123,17 @@ def func_vmap(model: nn.Module, w: Workload) -> Step:
 
 def func_loop(model: nn.Module, w: Workload) -> Step:
     """torch.func: grad of grad, task by task."""
-    gradient = grad(lambda p, *t: (lambda v: (v, v))(_task_loss(model, w)(p, *t)), has_aux=True)
+    prepare_norms(model, w)
+    return _looped(model, grad(lambda p, *t: (lambda v: (v, v))(_task_loss(model, w)(p, *t)), has_aux=True))
 
+
+def _looped(model: nn.Module, gradient: Callable) -> Step:
     def step(tasks: Tasks) -> Tensor:
-        params = {n: p.detach() for n, p in model.named_parameters()}
+        params = _detached(model)
         n, total = len(tasks[0]), 0.0
         for task in zip(*tasks, strict=True):
             grads, loss = gradient(params, *task)
-            _store(model, {k: g / n for k, g in grads.items()})
+            store(model, {k: g / n for k, g in grads.items()})
             total = total + loss / n
         return total
 
@@ -111,19 +142,51 @@ def func_loop(model: nn.Module, w: Workload) -> Step:
 
 def compiled_vmap(model: nn.Module, w: Workload) -> Step:
     """torch.compile of func_vmap."""
-    gradient = torch.compile(_meta_gradient(model, w))
-
-    def step(tasks: Tasks) -> Tensor:
-        grads, loss = gradient({n: p.detach() for n, p in model.named_parameters()}, *tasks)
-        _store(model, grads)
-        return loss
-
-    return step
+    prepare_norms(model, w)
+    return func_vmap(model, w, torch.compile(_meta_gradient(model, w)))
 
 
-def maml_of(w: Workload, model: nn.Module | None = None) -> fastmaml.MAML:
+def compiled_loop(model: nn.Module, w: Workload) -> Step:
+    """torch.compile of the meta-gradient of one task, called task by task."""
+    prepare_norms(model, w)
+    return _looped(model, torch.compile(grad(lambda p, *t: (lambda v: (v, v))(_task_loss(model, w)(p, *t)), has_aux=True)))
+
+
+class WrittenOut(nn.Module):
+    """Batch normalisation from primitive operations, with the parameters of ``norm``."""
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.eps, self.weight, self.bias = norm.eps, norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes, shape = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2))
+        variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+        y = (x - mean) * torch.rsqrt(variance + self.eps)
+        y = y if self.weight is None else y * self.weight.view(shape)
+        return y if self.bias is None else y + self.bias.view(shape)
+
+
+def prepare_norms(model: nn.Module, w: Workload) -> None:
+    """For torch.func. Statistics are of the batch in every workload; those that are only counted along would stop it. Where the inner loop changes gamma or
+    beta, vmap of F.batch_norm gives a wrong second derivative (functorch issue 534; with torch 2.13 up to 1 %): such norms are written out."""
+    adapted = {name.rsplit(".", 1)[0] for name in w.adapted(model)}
+    for name, norm in list(model.named_modules()):
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            continue
+        if name in adapted:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, WrittenOut(norm))
+        norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = False, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------- fastmaml
+def maml_of(w: Workload, model: nn.Module | None = None, **options: object) -> fastmaml.MAML:
     model = w.model() if model is None else model
-    return fastmaml.MAML(model, inner_lr=w.inner_lr, inner_steps=w.inner_steps, loss=w.loss, adapt=list(w.adapt))
+    order = {"first_order": True} if w.first_order else {}
+    return fastmaml.MAML(
+        model, inner_lr=w.inner_lr, inner_steps=w.inner_steps, loss=w.loss, reduction=w.reduction, adapt=list(w.adapt), batchnorm="batch", **order, **options
+    )
 
 
 def fastmaml_meta_grad(model: nn.Module, w: Workload) -> Step:
@@ -142,6 +205,24 @@ def fastmaml_backward(model: nn.Module, w: Workload) -> Step:
     return step
 
 
-OURS = {"fastmaml meta_grad": fastmaml_meta_grad, "fastmaml backward()": fastmaml_backward}
-PEERS = {"plain loop": plain_loop, "torch.func loop": func_loop, "torch.func vmap": func_vmap, "torch.compile(vmap)": compiled_vmap}
-CONV_PEERS = {"plain loop": plain_loop, "loop, channels last": channels_last_loop} | PEERS
+def has_convolutions(w: Workload) -> bool:
+    return any(p.dim() == 4 for p in w.model().parameters())
+
+
+def _needs_images(w: Workload) -> str | None:
+    return None if has_convolutions(w) else "a layout of images, and the network has no convolution"
+
+
+META_GRAD, BACKWARD, PLAIN = "fastmaml meta_grad", "fastmaml backward()", "plain loop"
+OURS = {p.name: p for p in (Peer(META_GRAD, fastmaml_meta_grad), Peer(BACKWARD, fastmaml_backward))}
+PEERS = {
+    p.name: p
+    for p in (
+        Peer(PLAIN, plain_loop),
+        Peer("plain loop, channels last", channels_last_loop, _needs_images),
+        Peer("torch.func loop", func_loop),
+        Peer("torch.func vmap", func_vmap),
+        Peer("torch.compile(loop)", compiled_loop),
+        Peer("torch.compile(vmap)", compiled_vmap, compiles=True),
+    )
+}

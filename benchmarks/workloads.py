@@ -1,9 +1,14 @@
-"""The workloads, with the settings of their reference implementations: fully connected networks, convolutional ones."""
+"""What the reference systems train, with their settings: data, networks, losses, rates. Benchmarks and tests share it.
+
+Quirks are explicit, because they change the numbers: how a loss is reduced, which parameters of a batch normalisation there are and which of them the inner
+loop changes (the networks themselves, with their strides, pools and eps, are those of ``fastmaml.nn``). All run in second order unless ``first_order``.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,93 +16,123 @@ from torch import Tensor, nn
 
 import fastmaml
 
-Tasks = tuple[Tensor, Tensor, Tensor, Tensor]
+Tasks = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One meta-iteration: ``model()`` and ``tasks(seed)`` make it, the rest are the arguments of fastmaml.MAML."""
+    """One meta-iteration.
+
+    net          (ways, filters) -> the network; filters 0: the reference's number
+    tasks        per meta-iteration; shots and queries: rows per class, or points
+    image        (channels, side); () for sinusoid regression
+    reduction    of both losses: "mean", or a number by which the sum over rows is divided
+    adapt        patterns of the parameters that the inner loop changes; the others are trained outside only
+    """
 
     name: str
-    model: Callable[[], nn.Module]
-    tasks: Callable[[int], Tasks]
+    net: Callable[[int, int], nn.Module]
+    tasks: int
+    shots: int
+    queries: int
     inner_lr: float
     inner_steps: int
+    image: tuple[int, ...] = (1, 28)
+    ways: int = 5
     loss: str = "cross_entropy"
+    reduction: str | float = "mean"
     adapt: tuple[str, ...] = ("*",)
+    filters: int = 0
+    first_order: bool = False
+
+    def model(self) -> nn.Module:
+        return self.net(self.ways, self.filters)
 
     def adapted(self, model: nn.Module) -> list[str]:
         """Names of the parameters that the inner loop changes, for every way of computing alike."""
         return [name for name, _ in model.named_parameters() if any(fnmatchcase(name, p) for p in self.adapt)]
 
+    def sample(self, seed: int) -> Tasks:
+        """A meta-batch. Images are noisy prototypes in the shape of a data set's: timing does not depend on what is drawn."""
+        return self._images(seed) if self.image else self._sinusoids(seed)
 
-def sinusoid(tasks: int = 25, points: int = 10) -> Callable[[int], Tasks]:
-    def sample(seed: int) -> Tasks:
-        batch = fastmaml.tasks.Sinusoid(shots=points, queries=points, tasks=tasks, seed=seed).sample()
-        shape = (tasks, points, 1)
-        return tuple(v.view(shape) for v in (batch.support_x, batch.support_y, batch.query_x, batch.query_y))
+    def _sinusoids(self, seed: int) -> Tasks:
+        batch = fastmaml.tasks.Sinusoid(self.shots, self.queries, self.tasks, seed).sample()
+        support, query = (self.tasks, self.shots, 1), (self.tasks, self.queries, 1)
+        return batch.support_x.view(support), batch.support_y.view(support), batch.query_x.view(query), batch.query_y.view(query)
 
-    return sample
-
-
-def images(
-    tasks: int = 32, ways: int = 5, shots: int = 1, queries: int = 1, channels: int = 1, side: int = 28
-) -> Callable[[int], Tasks]:
-    """Noisy prototypes in the shape of a data set's images: timing does not depend on what is drawn."""
-
-    def sample(seed: int) -> Tasks:
+    def _images(self, seed: int) -> Tasks:
         g = torch.Generator().manual_seed(seed)
-        shape = (channels, side, side)
-        prototypes = torch.rand(tasks, ways, *shape, generator=g)
+        channels, side = self.image
+        prototypes = torch.rand(self.tasks, self.ways, channels, side, side, generator=g)
 
         def rows(n: int) -> tuple[Tensor, Tensor]:
-            x = prototypes.repeat(1, n, 1, 1, 1) + 0.3 * torch.randn(tasks, n * ways, *shape, generator=g)
-            return x, torch.arange(ways).repeat(n).expand(tasks, -1).contiguous()
+            x = prototypes.repeat(1, n, 1, 1, 1)
+            x += 0.3 * torch.randn(x.shape, generator=g)
+            return x, torch.arange(self.ways).repeat(n).expand(self.tasks, -1).contiguous()
 
-        return *rows(shots), *rows(queries)
+        return *rows(self.shots), *rows(self.queries)
 
-    return sample
+    def varied(self, **changes: object) -> Workload:
+        """With other settings, and a name that ``find`` understands."""
+        said = "".join(f" [{key}={value}]" for key, value in changes.items())
+        return replace(self, name=self.name + said, **changes)
 
 
-def _named(*workloads: Workload) -> dict[str, Workload]:
-    return {w.name: w for w in workloads}
+def _sized(make: Callable[..., nn.Module], **options: object) -> Callable[[int, int], nn.Module]:
+    return lambda ways, filters: make(ways, **options, **({"filters": filters} if filters else {}))
 
 
-WORKLOADS = _named(
-    Workload("sinusoid K=1", fastmaml.nn.SinusoidMLP, sinusoid(), 0.01, 1, "mse"),
-    Workload("OmniglotFC K=1, 1 query", lambda: fastmaml.nn.OmniglotFC(5), images(), 0.5, 1),
-    Workload("OmniglotFC K=5, 15 queries", lambda: fastmaml.nn.OmniglotFC(5), images(queries=15), 0.1, 5),
+def _sinusoid(*hidden: int, init: str = "cbfinn") -> Callable[[int, int], nn.Module]:
+    return lambda ways, filters: fastmaml.nn.SinusoidMLP(*(hidden or (40, 40)), init=init)
+
+
+NO_NORMS = ("*.conv.*", "classifier.*")  # gamma and beta are trained outside only
+MINI = (3, 84)
+cbfinn, mini, fc = _sized(fastmaml.nn.CbfinnOmniglot), _sized(fastmaml.nn.CbfinnMiniImagenet), _sized(fastmaml.nn.OmniglotFC)
+
+# cbfinn/maml (and MT-net) divide the sum over rows by the shots, so that their rates act on 5 or 20 times the mean. Its ports to torch take the mean and the
+# same rates: the rows named "mean loss".
+_ALL = (
+    Workload("sinusoid, cbfinn", _sinusoid(), 25, 10, 10, 0.01, 1, image=(), loss="mse"),
+    Workload("sinusoid, learn2learn", _sinusoid(32, 32, init="torch"), 16, 10, 10, 0.01, 5, image=(), loss="mse"),
+    Workload("sinusoid, pytorch-maml", _sinusoid(init="torch"), 25, 5, 15, 0.1, 1, image=(), loss="mse"),
+    Workload("Omniglot FC, learn2learn", fc, 32, 1, 1, 0.5, 1),
+    Workload("Omniglot FC, 5 steps", fc, 32, 1, 15, 0.1, 5),
+    Workload("Omniglot strided, cbfinn", cbfinn, 32, 1, 1, 0.4, 1, reduction=1.0, adapt=NO_NORMS),
+    Workload("Omniglot strided, mean loss", cbfinn, 32, 1, 1, 0.4, 1, adapt=NO_NORMS),
+    Workload("Omniglot strided 20-way, cbfinn", cbfinn, 16, 1, 1, 0.1, 5, ways=20, reduction=1.0, adapt=NO_NORMS),
+    Workload("Omniglot strided, learn2learn", _sized(fastmaml.nn.OmniglotCNN), 32, 1, 1, 0.5, 1),
+    Workload("Omniglot valid, dragen1860", _sized(fastmaml.nn.DragenOmniglot), 32, 1, 15, 0.4, 5),
+    Workload("Omniglot conv3, higher", _sized(fastmaml.nn.HigherOmniglot), 32, 5, 15, 0.1, 5),
+    Workload("Omniglot conv4-64, pytorch-maml", _sized(fastmaml.nn.PyTorchMAMLConv), 32, 1, 15, 0.4, 1, adapt=NO_NORMS),
+    Workload("Omniglot conv4-64, HTYMAML", _sized(fastmaml.nn.HTYMAMLNet), 8, 1, 1, 0.1, 5, adapt=NO_NORMS),
+    Workload("mini-ImageNet conv4-32, cbfinn", mini, 4, 1, 15, 0.01, 5, image=MINI, reduction=1.0, adapt=NO_NORMS),
+    Workload("mini-ImageNet conv4-32, mean loss", mini, 4, 1, 15, 0.01, 5, image=MINI, adapt=NO_NORMS),
+    Workload("mini-ImageNet conv4-32 5-shot, cbfinn", mini, 4, 5, 15, 0.01, 5, image=MINI, reduction=5.0, adapt=NO_NORMS),
+    Workload("mini-ImageNet valid, dragen1860", _sized(fastmaml.nn.DragenMiniImagenet), 4, 1, 15, 0.01, 5, image=MINI),
+    Workload("mini-ImageNet conv4-48, HTYMAML", _sized(fastmaml.nn.HTYMAMLNet, channels=3, side=84), 2, 1, 15, 0.1, 5, image=MINI, adapt=NO_NORMS, filters=48),
+    Workload("mini-ImageNet conv4-64, pytorch-maml", _sized(fastmaml.nn.PyTorchMAMLConv, channels=3, side=84), 4, 1, 15, 0.1, 5, image=MINI, adapt=NO_NORMS),
+    Workload("mini-ImageNet conv4-64, learn2learn", _sized(fastmaml.nn.CNN4), 32, 5, 5, 0.5, 1, image=MINI),
+)  # fmt: skip
+WORKLOADS = {w.name: w for w in _ALL}
+
+DEFAULT = (  # what `make bench` measures
+    "sinusoid, cbfinn",
+    "Omniglot FC, learn2learn",
+    "Omniglot FC, 5 steps",
+    "Omniglot strided, mean loss",
+    "Omniglot conv4-64, pytorch-maml",
+    "mini-ImageNet conv4-32, mean loss",
 )
+_CHANGE = re.compile(r" \[(\w+)=([^\]]*)\]")
 
 
-def _count(tasks: int, queries: int) -> str:
-    return f"{tasks} task{'' if tasks == 1 else 's'}, {queries} quer{'y' if queries == 1 else 'ies'}"
+def find(name: str) -> Workload:
+    """The workload of this name, which may carry changes: ``"sinusoid, cbfinn [tasks=4] [inner_steps=10]"``. KeyError for an unknown name or setting."""
+    base = WORKLOADS[name.split(" [")[0]]
+    kinds = {f.name: type(getattr(base, f.name)) for f in fields(base)}
+    read = {"bool": lambda text: text == "True", "int": int, "float": float, "str": str}
+    changes = {key: read[kinds[key].__name__](value) for key, value in _CHANGE.findall(name)}
+    return base.varied(**changes) if changes else base
 
-
-# Gamma and beta of the reference systems below are learned outside only. Their rates are taken for the mean loss, as every
-# port to torch does; that of cbfinn/maml itself is 5 times as large.
-NO_NORMS = ("*.conv.*", "classifier.*")
-
-
-def strided(tasks: int = 32, steps: int = 1, shots: int = 1, queries: int = 1) -> Workload:
-    """cbfinn/maml's Omniglot."""
-    name = f"Omniglot strided, {_count(tasks, queries)}, {shots}-shot, K={steps}"
-    data = images(tasks, shots=shots, queries=queries)
-    return Workload(name, fastmaml.nn.CbfinnOmniglot, data, 0.4, steps, adapt=NO_NORMS)
-
-
-def pooled(tasks: int = 32, queries: int = 15) -> Workload:
-    """tristandeleu/pytorch-maml's Omniglot."""
-    data = images(tasks, queries=queries)
-    name = f"Omniglot conv4-64, {_count(tasks, queries)}, K=1"
-    return Workload(name, fastmaml.nn.PyTorchMAMLConv, data, 0.4, 1, adapt=NO_NORMS)
-
-
-def mini_imagenet(tasks: int = 4, steps: int = 5, queries: int = 15) -> Workload:
-    """cbfinn/maml's mini-ImageNet."""
-    data = images(tasks, queries=queries, channels=3, side=84)
-    name = f"mini-ImageNet conv4-32, {_count(tasks, queries)}, K={steps}"
-    return Workload(name, fastmaml.nn.CbfinnMiniImagenet, data, 0.01, steps, adapt=NO_NORMS)
-
-
-CONV_WORKLOADS = _named(strided(), pooled(), mini_imagenet())

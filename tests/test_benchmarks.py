@@ -1,9 +1,8 @@
-"""The benchmarks: every way of computing a workload gives one meta-gradient, and each command runs in its quick form."""
+"""The benchmarks: every way of computing a workload gives one meta-gradient, a wrong one gets no speed, each command runs in its quick form."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import os
 import subprocess
@@ -16,103 +15,277 @@ from plain_loop import one_thread  # noqa: F401
 from test_omniglot import SUBSET, members, write_zip
 
 import fastmaml
-from fastmaml import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # the benchmarks are not installed; last, so that the package is the one under test
 
-from benchmarks import compare, engine  # noqa: E402
-from benchmarks.conv import straight_line  # noqa: E402
-from benchmarks.peers import CONV_PEERS, OURS, maml_of, plain_loop  # noqa: E402
-from benchmarks.workloads import CONV_WORKLOADS, WORKLOADS, Workload, mini_imagenet, pooled, strided  # noqa: E402
+from benchmarks import compare, protocol, report, run, sweeps  # noqa: E402
+from benchmarks.child import gradient, single_tasks  # noqa: E402
+from benchmarks.libraries import LIBRARIES  # noqa: E402
+from benchmarks.peers import META_GRAD, OURS, PEERS, PLAIN, Peer, maml_of, plain_loop  # noqa: E402
+from benchmarks.worker import Failed, Worker  # noqa: E402
+from benchmarks.workloads import DEFAULT, WORKLOADS, Workload, find  # noqa: E402
 
-MACHINE = {"cpu", "tier", "threads", "peak_gflops", "torch", "fastmaml", "python", "precision"}
+SINUSOID = WORKLOADS["sinusoid, cbfinn"]
+MACHINE = {"cpu", "flags", "device", "precision", "tier", "threads", "peak_gflops", "versions", "commit"}
 
 
-def small(w: Workload, model, **changed) -> Workload:
-    return dataclasses.replace(w, model=model, inner_steps=2, **changed)
+# ------------------------------------------------------------------------------------------------- workloads, peers
+COUNTS = {  # all parameters, and those that the inner loop changes: section 2 of the reference systems' notes
+    "sinusoid, cbfinn": (1761, 1761),
+    "sinusoid, learn2learn": (1153, 1153),
+    "Omniglot FC, learn2learn": (247_621, 247_621),
+    "Omniglot strided, cbfinn": (112_005, 111_749),
+    "Omniglot strided 20-way, cbfinn": (112_980, 112_724),
+    "Omniglot strided, learn2learn": (112_261, 112_261),
+    "Omniglot valid, dragen1860": (91_781, 91_781),
+    "Omniglot conv3, higher": (75_205, 75_205),
+    "Omniglot conv4-64, HTYMAML": (112_261, 111_749),
+    "mini-ImageNet conv4-32, cbfinn": (32_773, 32_645),
+    "mini-ImageNet valid, dragen1860": (32_901, 32_901),
+    "mini-ImageNet conv4-48, HTYMAML": (70_085, 69_701),
+    "mini-ImageNet conv4-64, pytorch-maml": (121_093, 120_581),
+    "mini-ImageNet conv4-64, learn2learn": (121_093, 121_093),
+}
 
 
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_are_the_references(name: str) -> None:
+    w = WORKLOADS[name]
+    model = w.model()
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    assert (sum(sizes.values()), sum(sizes[n] for n in w.adapted(model))) == COUNTS[name]
+
+
+def test_names_carry_changes() -> None:
+    w = SINUSOID.varied(tasks=3, inner_lr=0.5, first_order=True, filters=0)
+    assert find(w.name) == w and find(SINUSOID.name) is SINUSOID
+    for wrong in ("no such", "sinusoid, cbfinn [taskz=3]"):
+        with pytest.raises(KeyError):
+            find(wrong)
+    assert set(DEFAULT) <= set(WORKLOADS)
+
+
+@pytest.mark.parametrize("w", [w.varied(tasks=1, queries=1) for w in WORKLOADS.values()], ids=lambda w: w.name)
+def test_workloads_run_natively(w: Workload) -> None:
+    x = w.sample(0)[0]
+    assert x.shape[:2] == (1, w.shots * (w.ways if w.image else 1))
+    assert maml_of(w)._executor(fastmaml.TaskBatch.of(w.sample(0)), None, None, "train").name == "cpu"
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 @pytest.mark.parametrize(
     "w",
     [
-        small(strided(tasks=2), lambda: nn.CbfinnOmniglot(5, filters=3)),
-        small(pooled(tasks=2, queries=2), lambda: nn.PyTorchMAMLConv(5, filters=3)),
-        dataclasses.replace(next(iter(WORKLOADS.values())), inner_steps=2),
+        WORKLOADS["Omniglot strided, cbfinn"].varied(tasks=2, inner_steps=2, filters=3, inner_lr=0.05),
+        WORKLOADS["Omniglot conv4-64, pytorch-maml"].varied(tasks=2, queries=2, inner_steps=2, filters=3),
+        WORKLOADS["Omniglot conv3, higher"].varied(tasks=2, shots=1, queries=2, inner_steps=2, filters=3),
+        SINUSOID.varied(inner_steps=2),
     ],
-    ids=lambda w: w.name,
+    ids=["strided, sum", "pooled", "running statistics", "sinusoid"],
 )
-def test_one_meta_gradient(w: Workload) -> None:
-    """Of those that are in the benchmark; torch.compile of one of them would take minutes."""
+def test_one_meta_gradient(w: Workload, first_order: bool) -> None:
+    """Of those that are in the benchmark; torch.compile of one of them would take minutes, and JAX computes in float32."""
+    w = w.varied(first_order=first_order)
     torch.manual_seed(0)
-    model, tasks = w.model().double(), tuple(v.double() if v.is_floating_point() else v for v in w.tasks(0))
+    model, tasks = w.model().double(), tuple(v.double() if v.is_floating_point() else v for v in w.sample(0))
     found = {}
-    for name, make in {**OURS, **CONV_PEERS}.items():
-        if "compile" in name or ("channels" in name and tasks[0].dim() < 5):
+    for name, peer in {**OURS, **PEERS, **LIBRARIES}.items():
+        if "compile" in name or "JAX" in name or peer.absent(w):
             continue
         mine = copy.deepcopy(model)
-        make(mine, w)(tasks)
-        found[name] = engine.gradient(mine)
-    truth = found["plain loop"]
+        peer.make(mine, w)(tasks)
+        found[name] = gradient(mine)
+    truth = found[PLAIN]
+    assert len(found) >= 5
     for name, g in found.items():
         assert (g - truth).norm() <= 1e-9 * truth.norm(), name
 
 
-def test_the_inner_loop_changes_what_the_reference_adapts() -> None:
-    for w in CONV_WORKLOADS.values():
+def test_jax_agrees() -> None:
+    w = WORKLOADS["Omniglot conv4-64, pytorch-maml"].varied(tasks=2, queries=1, filters=3)
+    for name in (n for n in LIBRARIES if "JAX" in n):
+        if why := LIBRARIES[name].absent(w):
+            pytest.skip(why)
+        torch.manual_seed(0)
         model = w.model()
-        names = w.adapted(model)
-        assert names and not any("norm" in name for name in names)
-        assert any("norm" in name for name, _ in model.named_parameters())
-        assert maml_of(w, model).plan(w.tasks(0)).steps == w.inner_steps
-    w = WORKLOADS["OmniglotFC K=1, 1 query"]
-    assert len(w.adapted(w.model())) == len(list(w.model().parameters()))
+        mine = copy.deepcopy(model)
+        LIBRARIES[name].make(mine, w)(w.sample(0))
+        plain_loop(model, w)(w.sample(0))
+        assert (gradient(mine) - gradient(model)).norm() <= 1e-4 * gradient(model).norm()
 
 
-def test_workloads_run_natively() -> None:
-    for make in (strided, pooled, mini_imagenet):
-        w = make(tasks=1, queries=1)
-        assert maml_of(w).meta_grad(w.tasks(0)).executor == "cpu"
+def test_single_tasks_are_as_many_as_asked_for() -> None:
+    tasks = list(single_tasks(SINUSOID.varied(tasks=2), 5))
+    assert len(tasks) == 5 and all(len(v) == 1 for task in tasks for v in task)
+    assert len({float(task[1].sum()) for task in tasks}) == 5
 
 
-def test_agreement_counts_the_tasks_it_is_asked_for() -> None:
-    w = small(strided(tasks=2), lambda: nn.CbfinnOmniglot(5, filters=3))
-    torch.manual_seed(0)
-    model = w.model()
-    calls = []
+# ------------------------------------------------------------------------------------------------- workers
+BROKEN = '''
+import time, torch
+from benchmarks.peers import PEERS, Peer
+plain = PEERS["plain loop"].make
+def wrong(model, w):
+    step = plain(model, w)
+    def scaled(tasks):
+        loss = step(tasks)
+        with torch.no_grad():
+            for p in model.parameters(): p.grad *= 1.001
+        return loss
+    return scaled
+def make(what):
+    def maker(model, w): return lambda tasks: what()
+    return maker
+broken = Peer("broken", wrong)
+sleeper = Peer("sleeper", make(lambda: time.sleep(60)))
+hoarder = Peer("hoarder", make(lambda: [torch.ones(2**26) for _ in range(200)] and time.sleep(60)))
+quitter = Peer("quitter", make(lambda: __import__("os")._exit(3)))
+raiser = Peer("raiser", make(lambda: 1 / 0))
+'''
 
-    def step(tasks) -> None:
-        calls.append(len(tasks[0]))
-        plain_loop(model, w)(tasks)
 
-    assert engine.agreement(w, {"plain loop": step}, {"plain loop": model}, 5)["plain loop"] < 1e-2
-    assert calls == [1] * 5
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch):
+    """Peers of one's own, by name."""
+    (tmp_path / "own_peers.py").write_text(BROKEN)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    return lambda name: Peer(f"own_peers:{name}", lambda model, w: None)
+
+
+@pytest.mark.slow
+def test_a_wrong_gradient_gets_no_speed(mine) -> None:
+    settings = protocol.Settings(threads=1, budget=0, agreement=5)
+    rows = {r["peer"]: r for r in protocol.measure(SINUSOID.varied(tasks=3), [PEERS[PLAIN], mine("broken")], settings)}
+    row = rows["own_peers:broken"]
+    assert 5e-4 < row["error"] < 2e-3 and row["reason"].startswith("no speed, for its error 1.0e-03 is over 3 times the plain loop's")
+    assert not {"median_ms", "ratio", "iteration_ms"} & set(row)
+    for name in (*OURS, PLAIN):
+        assert rows[name]["median_ms"] > 0 and rows[name]["error"] < 1e-6 and "reason" not in rows[name]
+    assert rows[META_GRAD]["ratio"] == 1 and rows[META_GRAD]["gflop"] > 0 and rows[META_GRAD]["decisions"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("sleeper", "not finished in 1 s"),
+        ("hoarder", "took over 1.5 GB"),
+        ("quitter", "its process ended with status 3"),
+        ("raiser", "ZeroDivisionError: division by zero"),
+        ("absent", "AttributeError: module 'own_peers' has no attribute 'absent'"),
+    ],
+)
+def test_what_fails_says_why(name: str, why: str, mine) -> None:
+    with Worker(1, seconds=60, megabytes=1500) as worker, pytest.raises(Failed) as failed:
+        worker.ask("make", "", SINUSOID.name, mine(name).name)
+        worker.seconds = 1 if name == "sleeper" else 60
+        worker.ask("first", "")
+    assert str(failed.value).startswith(why)
+
+
+def test_turns() -> None:
+    wants = protocol._wants
+    assert wants([], 0) and not wants([[1.0]], 0)  # one turn at least
+    assert wants([[0.01] * 299], 1) and not wants([[0.01] * 300], 1)  # small workloads: 300 calls
+    assert wants([[1.0] * 9], 10) and not wants([[1.0] * 10], 10)
+    assert protocol.quantiles([2.0]) == (2.0, 2.0, 2.0)
+    low, middle, high = protocol.quantiles([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert low < middle == 3.0 < high
 
 
 def test_straight_line() -> None:
-    a, b = straight_line([1, 2, 5, 50], [3 + 2 * x for x in (1, 2, 5, 50)])
+    a, b = sweeps.straight_line([1, 2, 5, 50], [3 + 2 * x for x in (1, 2, 5, 50)])
     assert abs(a - 3) < 1e-9 and abs(b - 2) < 1e-9
-    _, slope = straight_line([1, 2, 100], [1.0, 2.0, 300.0])  # the long time is one of three, not all that counts
+    _, slope = sweeps.straight_line([1, 2, 100], [1.0, 2.0, 300.0])  # the long time is one of three, not all that counts
     assert slope < 2.5
 
 
-def test_where_rows_go(tmp_path: Path) -> None:
-    assert engine.place(None, "conv-time", partial=True) is None
-    assert engine.place(tmp_path / "x.json", "conv-time", partial=True) == tmp_path / "x.json"
-    usual = engine.place(None, "conv-time", partial=False)
-    assert usual.name == "conv-time.json" and usual.parent.parent == engine.RESULTS
-    engine.save(tmp_path / "new" / "x.json", [{"a": 1}])
-    engine.save(tmp_path / "new" / "x.json", [{"a": 1}, {"a": 2}])
-    written = json.loads((tmp_path / "new" / "x.json").read_text())
-    assert set(written["machine"]) == MACHINE and len(written["rows"]) == 2
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.json"]
+# ------------------------------------------------------------------------------------------------- reports
+def results() -> dict:
+    machine = protocol.machine(1)
+    common = {"error": 1e-7, "first_s": 0.01, "p20_ms": 0.9, "median_ms": 1.0, "p80_ms": 1.2, "repetitions": 300, "ratio_p20": 0.9, "ratio": 1.0, "ratio_p80": 1.1, "above_mb": 3.0}
+    speed = [
+        {"workload": "a", "peer": META_GRAD, "order": 2, **common, "gflop": 0.02, "flips": 1, "decisions": 1000, "equal_error": 1e-7, "iteration_ms": 2.0},
+        {"workload": "a", "peer": PLAIN, "order": 2, **common, "median_ms": 20.0, "ratio": 20.0},
+        {"workload": "a", "peer": "other", "order": 2, **common, "median_ms": 5.0, "ratio": 5.0},
+        {"workload": "a", "peer": "third", "order": 2, "reason": "not installed (pip install third)"},
+    ]
+    line = [{"axis": "tasks", "at": n, "peer": META_GRAD, "median_ms": 1.0 * n, "line_ms": 1.1 * n, "residual": 0.1, "repetitions": 3} for n in (1, 2, 4)]
+    threads = [{"workload": "a", "tasks": 1, "threads": n, "median_ms": 2.0 / n, "speedup": 1.0 * n, "repetitions": 3} for n in (1, 2)]
+    memory = [{"workload": "a", "inner_steps": k, "peer": META_GRAD, "above_mb": 3.0, "code_mb": 1.0, "plan_mb": 2.9, "total_mb": 200.0} for k in (1, 50)]
+    return {"machine": machine, "speed": speed, "sweeps": line, "threads": threads, "memory": [*memory, {"workload": "a", "inner_steps": 1, "peer": PLAIN, "reason": "no"}]} | {
+        part: [row | machine for row in rows] for part, rows in {"speed": speed, "sweeps": line, "threads": threads}.items()
+    }
+
+
+def test_report(tmp_path: Path) -> None:
+    result = results()
+    report.write(result, tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"report.md", "speed.png", "floor.png", "sweeps.png", "threads.png", "memory.png"}
+    text = (tmp_path / "report.md").read_text()
+    for said in ("not installed (pip install third)", "20x", "largest distance from a straight line: 10.0%", result["machine"]["cpu"], "| 2.00x |"):
+        assert said in text, said
+    assert "third  " in report.terminal("speed", result["speed"]) and report.terminal("speed", []) == "speed: nothing was measured"
+
+
+def test_the_readme_table() -> None:
+    """Only measured numbers stand there, and they are those of the file that it names."""
+    text = report.README.read_text()
+    path = text.split(report.BEGIN.split("{")[0])[1].split(" -->")[0].strip()
+    result = json.loads((ROOT / path).read_text())
+    assert set(result["machine"]) >= MACHINE and all(set(row) >= MACHINE for row in result["speed"])
+    assert report.section(result, path) in text, f"README.md's table is not that of {path}: python -m benchmarks.report {path} --readme"
+
+
+def test_the_table_goes_into_the_readme() -> None:
+    table = report.section(results(), "benchmarks/results/x/results.json")
+    assert "| a | 1.0e-07, 1.0e-07 | 20 ms | 5 ms (other) | 1 ms |" in table
+    text = f"before\n{report.BEGIN.format('old')}\nold\n{report.END}\nafter"
+    assert report.into_readme(text, table) == f"before\n{table}\nafter"
+    with pytest.raises(ValueError, match="has no section"):
+        report.into_readme("nothing", table)
 
 
 # ------------------------------------------------------------------------------------------------- the commands
-def run(module: str, *arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+def command(module: str, *arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if "XDIST" not in k} | {"XDG_CACHE_HOME": str(cache), "OMP_WAIT_POLICY": "passive"}
+    line = [sys.executable, "-m", *module.split(), *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", run.PARTS)
+def test_quick(part: str, tmp_path: Path) -> None:
+    only = ("--only", SINUSOID.name) if part in ("speed", "first-order") else ()
+    done = command("benchmarks.run", "--quick", "--parts", part, "--threads", 1, "--out", tmp_path, *only, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result[part] and all(set(row) >= MACHINE for row in result[part])
+    assert "reason" not in str(result[part])
+    assert (tmp_path / "report.md").exists() and f"results: {tmp_path}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--only", "resnet"), "no workload's name contains it; there are sinusoid, cbfinn;"),
+        (("--threads", 0), "--threads 0: expected at least 1"),
+        (("--learn2learn", "/nowhere"), "there is no learn2learn/algorithms/maml.py in it"),
+        (("--peer", "no_such_module:x"), "no_such_module"),
+        (("--parts", "speeds"), "invalid choice: 'speeds'"),
+    ],
+)
+def test_wrong_arguments(arguments: tuple, said: str, tmp_path: Path) -> None:
+    done = command("benchmarks.run", *arguments, cache=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_report_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[1]")
+    for place in (tmp_path / "x.json", tmp_path / "none.json"):
+        done = command("benchmarks.report", place, cache=tmp_path)
+        assert done.returncode == 2 and "not a results.json of benchmarks.run" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -122,43 +295,28 @@ def omniglot(tmp_path_factory) -> Path:
     return folder
 
 
-COMMANDS = {  # keys that every row has, and what else is said
-    "time": ({"workload", "who", "error", "median_ms", "repetitions"}, "decisions differ"),
-    "lines": ({"axis", "at", "median_ms", "line_ms", "residual"}, "time against shots"),
-    "memory": ({"workload", "inner_steps", "above_mb", "plan_mb"}, "times what K=1 takes"),
-    "threads": ({"workload", "one_thread_ms", "two_threads_ms", "speedup", "two_tasks_speedup"}, "on one thread"),
-    "training": ({"who", "seed", "accuracy", "standard_error", "seconds", "first_losses", "float64_losses"}, "difference"),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("what", COMMANDS)
-def test_quick(what: str, omniglot: Path, tmp_path: Path) -> None:
-    out = tmp_path / "rows.json"
-    more = ("--data", omniglot, "--iterations", 2, "--seeds", 1) if what == "training" else ()
-    done = run("conv", what, "--quick", "--out", out, *more, cache=tmp_path / "cache")
+@pytest.mark.parametrize("what", ["sinusoid", "glyphs", "omniglot"])
+def test_curves(what: str, omniglot: Path, tmp_path: Path) -> None:
+    data = ("--data", omniglot) if what == "omniglot" else ()
+    done = command("benchmarks.curves", what, "--quick", "--out", tmp_path / "out", *data, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    keys, said = COMMANDS[what]
-    written = json.loads(out.read_text())
-    assert set(written["machine"]) == MACHINE
-    assert written["rows"] and all(keys <= set(row) for row in written["rows"])
-    assert said in done.stdout
+    written = json.loads((tmp_path / "out" / f"curves-{what}.json").read_text())
+    assert {row["who"] for row in written["rows"]} == {PLAIN, "fastmaml"} and set(written["machine"]) == MACHINE
+    assert all(len(row["first_losses"]) == len(row["float64_losses"]) == 10 and row["points"] for row in written["rows"])
+    assert (tmp_path / "out" / f"curves-{what}.png").stat().st_size > 10_000 and "difference" in done.stdout
 
 
-@pytest.mark.slow
-def test_quick_engine(tmp_path: Path) -> None:
-    out = tmp_path / "rows.json"
-    done = run("engine", "--quick", "--out", out, cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())["rows"]
-    assert {row["workload"] for row in rows if "who" in row} == set(WORKLOADS)
-    assert [row["inner_steps"] for row in rows if "above_mb" in row] == [1, 50]
-
-
-def test_training_needs_data(tmp_path: Path) -> None:
-    done = run("conv", "training", "--quick", cache=tmp_path)
+def test_curves_need_data(tmp_path: Path) -> None:
+    done = command("benchmarks.curves", "omniglot", "--quick", cache=tmp_path)
     assert done.returncode == 2 and "--data" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_kernels(tmp_path: Path) -> None:
+    done = command("pytest benchmarks/test_kernels.py -q -p no:cacheprovider -k", "sinusoid and linear_bwd", cache=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "linear_bwd_weight_jvp" in done.stdout and "GFLOP/s" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------- another revision
@@ -171,19 +329,15 @@ def test_interval_of_ratios() -> None:
 
 @pytest.mark.slow
 def test_two_sides_in_turns() -> None:
-    theirs, ours = (compare.Side(Path(fastmaml.__file__).parent.parent, threads=1) for _ in range(2))
-    try:
-        row = compare.compare("sinusoid K=1", theirs, ours, budget=0)
+    with Worker(1) as theirs, Worker(1) as ours:
+        row = compare.compare(SINUSOID.name, theirs, ours, budget=0)
         assert row["pairs"] == 5 and row["theirs_ms"] > 0 and row["low"] <= row["ratio"] <= row["high"]
-        with pytest.raises(RuntimeError, match="KeyError: 'no such workload'"):
-            ours.turn("no such workload")
-    finally:
-        theirs.close()
-        ours.close()
+        with pytest.raises(Failed, match="KeyError: 'no such workload'"):
+            compare.compare("no such workload", theirs, ours, budget=0)
 
 
 def test_compare_says_what_is_wrong(tmp_path: Path) -> None:
-    done = run("compare", "HEAD", "--only", "resnet", cache=tmp_path)
-    assert done.returncode == 2 and "no workload's name contains it; there are sinusoid K=1" in done.stderr
-    done = run("compare", "no-such-revision", cache=tmp_path)
+    done = command("benchmarks.compare", "HEAD", "--only", "resnet", cache=tmp_path)
+    assert done.returncode == 2 and "no workload's name contains it; there are sinusoid, cbfinn" in done.stderr
+    done = command("benchmarks.compare", "no-such-revision", cache=tmp_path)
     assert done.returncode == 1 and "REV='no-such-revision': git cannot check it out" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,164 @@
+"""fastmaml beside what people run today: ``python -m benchmarks.run``.
+
+speed        agreement with float64, then interleaved times, whole iterations and peak memory, of each workload by each peer
+first-order  the same in first order
+sweeps       time against inner steps, tasks, shots and filters
+threads      a meta-batch, and one task alone, on 1 .. all threads
+memory       peak against inner steps
+
+Results go to benchmarks/results/<date>-<machine>/: results.json after each part, then report.md and its pictures (benchmarks/report.py). The default
+is a subset of under twenty minutes on two cores; --complete takes hours, unattended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import report, sweeps
+from benchmarks.libraries import LIBRARIES
+from benchmarks.peers import PEERS, PLAIN, Peer, has_convolutions
+from benchmarks.protocol import Settings, machine, measure
+from benchmarks.workloads import DEFAULT, WORKLOADS, Workload
+from fastmaml.files import whole_file
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = ("speed", "first-order", "sweeps", "threads", "memory")
+FEWER = {"inner_steps": (1, 5, 10, 50), "tasks": (1, 4, 16, 64), "shots": (1, 5, 10, 20), "filters": (16, 64)}  # points of the default
+LEFT_OUT = "left out of the default set, for it compiles for minutes: --complete"
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    here = machine(args.threads)
+    out = args.out or (None if args.quick else RESULTS / f"{datetime.date.today()}-{slug(here)}")
+    settings = Settings(args.threads, args.budget, args.agreement, args.time_limit, 1000 * args.memory_limit)
+    result = {"machine": here, "settings": asdict(settings), **{part: [] for part in args.parts}}
+    bar = tqdm(list(jobs(args, settings)), leave=False, disable=not sys.stderr.isatty())
+    for part, title, job in bar:
+        bar.set_description(title)
+        rows = job(bar.set_postfix_str)
+        result[part] += [row | here for row in rows]
+        bar.write(report.terminal(part, rows) + "\n", file=sys.stdout)
+        sys.stdout.flush()
+        save(result, out)
+    if out:
+        report.write(result, out)
+        print(f"results: {out}")
+
+
+def jobs(args: argparse.Namespace, settings: Settings) -> Iterator[tuple]:
+    """(part, title, function of ``tell`` that returns rows)."""
+    whole = args.complete
+    for w in chosen(args):
+        for part, variant in (("speed", w), ("first-order", w.varied(first_order=True))):
+            if part in args.parts:
+                peers = peers_of(args, variant)
+                yield part, variant.name, lambda tell, v=variant, p=peers: measure(v, p, settings, tell)
+    if "sweeps" in args.parts:
+        for axis, points in (sweeps.AXES if whole else FEWER).items():
+            few, base = (points[:2], sweeps.BASE.varied(tasks=2)) if args.quick else (points, sweeps.BASE)
+            yield "sweeps", axis, lambda tell, a=axis, p=few, b=base: sweeps.sweep(a, p, settings, tell, b)
+    if "threads" in args.parts:
+        names = sweeps.ALONE if whole else sweeps.ALONE[:1]
+        for name in names:
+            yield "threads", name, lambda tell, n=name: sweeps.threads(n, settings, tell)
+    if "memory" in args.parts:
+        for name, steps in list(sweeps.MEMORY.items())[args.quick :]:
+            ends = steps if whole else (1, 3) if args.quick else (steps[0], steps[-1])
+            yield "memory", name, lambda tell, n=name, k=ends: sweeps.memory(n, k, 5 if whole else 1 if args.quick else 3, settings, tell)
+
+
+def chosen(args: argparse.Namespace) -> list[Workload]:
+    names = list(WORKLOADS) if args.complete or args.only else DEFAULT
+    found = [WORKLOADS[n] for n in names if args.only in n]
+    if args.quick:
+        found = [w.varied(tasks=2, queries=1, inner_steps=min(w.inner_steps, 2)) for w in found]
+    return found
+
+
+def peers_of(args: argparse.Namespace, w: Workload) -> list[Peer]:
+    """The plain loop always: the others are held against it."""
+    known = {**PEERS, **LIBRARIES}
+    if args.peers:
+        known = {n: p for n, p in known.items() if n == PLAIN or any(text in n for text in args.peers)}
+    elif not args.complete and (w.first_order or args.quick):
+        known = {n: PEERS[n] for n in (PLAIN, "torch.func vmap")}
+    elif not args.complete:
+        slow = has_convolutions(w)
+        known = {n: _left_out(p) if slow and n.startswith("torch.compile") else p for n, p in known.items()}
+    return [*known.values(), *args.own]
+
+
+def _left_out(peer: Peer) -> Peer:
+    return Peer(peer.name, peer.make, lambda w: LEFT_OUT, peer.compiles)
+
+
+def own_peer(text: str) -> Peer:
+    module, _, attribute = text.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        peer = getattr(import_module(module), attribute or "peer")
+    except (ImportError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    return Peer(text, peer.make, peer.absent, peer.compiles)  # by this name the worker finds it
+
+
+def slug(here: dict) -> str:
+    cpu = re.sub(r"\(.*?\)|cpu|processor|@.*", " ", here["cpu"].lower())
+    return "-".join([*re.findall(r"[a-z0-9]+", cpu), f"{here['threads']}t"])
+
+
+def save(result: dict, out: Path | None) -> None:
+    """Whole or not at all."""
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        with whole_file(out / "results.json") as file:
+            file.write(json.dumps(result, indent=1).encode())
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--complete", action="store_true", help="every workload, peer and point")
+    size.add_argument("--quick", action="store_true", help="a try of every part on small sizes, whose times mean nothing; no files unless --out")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--only", default="", help="workloads whose name contains this, of all there are")
+    parser.add_argument("--peers", nargs="+", metavar="TEXT", help="peers whose name contains one of these; the plain loop always")
+    parser.add_argument("--peer", dest="own", action="append", type=own_peer, default=[], metavar="MODULE:NAME", help="a benchmarks.peers.Peer of your own")
+    parser.add_argument("--learn2learn", type=Path, metavar="CHECKOUT", help="its sources, where it is not installed")
+    parser.add_argument("--threads", type=int, default=2, help="of torch and fastmaml (default %(default)s)")
+    parser.add_argument("--budget", type=float, help="seconds of repetitions per peer and workload (default 10; 4 without --complete)")
+    parser.add_argument("--agreement", type=int, help="single tasks that are held against float64 (default 16)")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds of any one answer, compiling too (default 240; 120 without --complete)")
+    parser.add_argument("--memory-limit", type=float, default=10.0, metavar="GB", help="of one process (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    args = parser.parse_args()
+    if args.only and not any(args.only in name for name in WORKLOADS):
+        parser.error(f"--only {args.only!r}: no workload's name contains it; there are {'; '.join(WORKLOADS)}")
+    if args.threads < 1:
+        parser.error(f"--threads {args.threads}: expected at least 1")
+    if args.learn2learn:
+        if not (args.learn2learn / "learn2learn" / "algorithms" / "maml.py").is_file():
+            parser.error(f"--learn2learn {args.learn2learn}: there is no learn2learn/algorithms/maml.py in it")
+        os.environ["LEARN2LEARN"] = str(args.learn2learn.resolve())
+    args.budget = args.budget if args.budget is not None else 0.0 if args.quick else 10.0 if args.complete else 4.0
+    args.agreement = args.agreement or (5 if args.quick else 16)
+    args.time_limit = args.time_limit or (240.0 if args.complete else 120.0)
+    return args
+
+
+if __name__ == "__main__":
+    main()
