@@ -35,8 +35,10 @@ from fastmaml.files import whole_file
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("speed", "first-order", "sweeps", "threads", "memory")
-FEWER = {"inner_steps": (1, 5, 10, 50), "tasks": (1, 4, 16, 64), "shots": (1, 5, 10, 20), "filters": (16, 64)}  # points of the default
-LEFT_OUT = "left out of the default set, for it compiles for minutes: --complete"
+FEWER = {"inner_steps": (1, 5, 20), "tasks": (1, 8, 64), "shots": (1, 5, 20), "filters": (16, 64)}  # points of the default
+COMPILED = ("torch.compile", "JAX")  # for minutes, where there are convolutions
+FIRST_ORDER = ("sinusoid, cbfinn", "Omniglot FC, learn2learn", "Omniglot strided, mean loss")  # of the default
+NEVER_BEST = ("torch.func loop", "torch.compile(loop)", "JAX map(jit)")
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def jobs(args: argparse.Namespace, settings: Settings) -> Iterator[tuple]:
     whole = args.complete
     for w in chosen(args):
         for part, variant in (("speed", w), ("first-order", w.varied(first_order=True))):
-            if part in args.parts:
+            if part in args.parts and (part == "speed" or whole or args.only or w.name.split(" [")[0] in FIRST_ORDER):
                 peers = peers_of(args, variant)
                 yield part, variant.name, lambda tell, v=variant, p=peers: measure(v, p, settings, tell)
     if "sweeps" in args.parts:
@@ -94,16 +96,18 @@ def peers_of(args: argparse.Namespace, w: Workload) -> list[Peer]:
     known = {**PEERS, **LIBRARIES}
     if args.peers:
         known = {n: p for n, p in known.items() if n == PLAIN or any(text in n for text in args.peers)}
-    elif not args.complete and (w.first_order or args.quick):
+    elif args.quick or (w.first_order and not args.complete):
         known = {n: PEERS[n] for n in (PLAIN, "torch.func vmap")}
     elif not args.complete:
-        slow = has_convolutions(w)
-        known = {n: _left_out(p) if slow and n.startswith("torch.compile") else p for n, p in known.items()}
+        known = {n: _left_out(p, w) for n, p in known.items()}
     return [*known.values(), *args.own]
 
 
-def _left_out(peer: Peer) -> Peer:
-    return Peer(peer.name, peer.make, lambda w: LEFT_OUT, peer.compiles)
+def _left_out(peer: Peer, w: Workload) -> Peer:
+    """Absent from the default set, where it is slow to compile or never the best."""
+    slow = peer.name.startswith(COMPILED) and has_convolutions(w)
+    why = "compiles for minutes" if slow else "is never the best" if peer.name in NEVER_BEST else None
+    return Peer(peer.name, peer.make, lambda w: f"left out, for it {why}: --complete", peer.compiles) if why else peer
 
 
 def own_peer(text: str) -> Peer:
@@ -140,9 +144,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer", dest="own", action="append", type=own_peer, default=[], metavar="MODULE:NAME", help="a benchmarks.peers.Peer of your own")
     parser.add_argument("--learn2learn", type=Path, metavar="CHECKOUT", help="its sources, where it is not installed")
     parser.add_argument("--threads", type=int, default=2, help="of torch and fastmaml (default %(default)s)")
-    parser.add_argument("--budget", type=float, help="seconds of repetitions per peer and workload (default 10; 4 without --complete)")
+    parser.add_argument("--budget", type=float, help="seconds of repetitions per peer and workload (default 10; 3 without --complete)")
     parser.add_argument("--agreement", type=int, help="single tasks that are held against float64 (default 16)")
-    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds of any one answer, compiling too (default 240; 120 without --complete)")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds of any one answer, compiling too (default 240; 100 without --complete)")
     parser.add_argument("--memory-limit", type=float, default=10.0, metavar="GB", help="of one process (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the results")
     args = parser.parse_args()
@@ -154,9 +158,9 @@ def arguments() -> argparse.Namespace:
         if not (args.learn2learn / "learn2learn" / "algorithms" / "maml.py").is_file():
             parser.error(f"--learn2learn {args.learn2learn}: there is no learn2learn/algorithms/maml.py in it")
         os.environ["LEARN2LEARN"] = str(args.learn2learn.resolve())
-    args.budget = args.budget if args.budget is not None else 0.0 if args.quick else 10.0 if args.complete else 4.0
+    args.budget = args.budget if args.budget is not None else 0.0 if args.quick else 10.0 if args.complete else 3.0
     args.agreement = args.agreement or (5 if args.quick else 16)
-    args.time_limit = args.time_limit or (240.0 if args.complete else 120.0)
+    args.time_limit = args.time_limit or (240.0 if args.complete else 100.0)
     return args
 
 

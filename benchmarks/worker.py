@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import subprocess
 import sys
@@ -40,8 +41,10 @@ class Worker:
         self.seconds, self.megabytes = seconds, megabytes
         self.said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         command = [sys.executable, "-W", "ignore", "-c", CHILD, str(root), str(ROOT), str(threads)]
+        paths = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}  # it runs in another folder, where none of its modules can hide another
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, cwd=tempfile.gettempdir()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment, cwd=tempfile.gettempdir()
         )
 
     def __enter__(self) -> Worker:
