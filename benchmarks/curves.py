@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import statistics
 import sys
@@ -21,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.peers import META_GRAD, OURS, PLAIN, Step, maml_of, plain_loop
+from benchmarks.protocol import folder_of, machine
 from benchmarks.workloads import WORKLOADS, Tasks, Workload
 from fastmaml.batch import TaskBatch
 from fastmaml.files import whole_file
@@ -29,7 +29,6 @@ from fastmaml.training.evaluate import AT_ONCE, mean_and_interval
 from fastmaml.training.pictures import save_figure
 
 Source = Sinusoid | Glyphs | Omniglot
-RESULTS = Path(__file__).parent / "results"
 NETWORK = {"sinusoid": "sinusoid, cbfinn", "glyphs": "Omniglot strided, mean loss", "omniglot": "Omniglot strided, mean loss"}
 FAST = "fastmaml"
 SIDES = {PLAIN: plain_loop, FAST: OURS[META_GRAD].make}
@@ -228,7 +227,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, help="iterations between two points of a curve (default a tenth of all)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a try: 2 seeds, 20 iterations, few tasks; no file unless --out")
-    parser.add_argument("--out", type=Path, help="folder of the JSON and the picture (default benchmarks/results/<date>-cpu)")
+    parser.add_argument("--out", type=Path, help="folder of the JSON and the picture (default benchmarks/results/<date>-<machine>)")
     args = parser.parse_args()
     if args.what == "omniglot" and args.data is None:
         parser.error("omniglot is read from files you have: --data FOLDER, with the published zips")
@@ -239,18 +238,17 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         args.iterations, args.seeds, args.held_out, args.curve = min(args.iterations, 2 * TURN), min(args.seeds, 2), 100, AT_ONCE
     args.every = args.every or max(1, args.iterations // 10)
-    args.out = args.out or (None if args.quick else RESULTS / f"{datetime.date.today()}-cpu")
     return args
 
 
 def main() -> None:
     args = arguments()
-    from benchmarks.protocol import machine
-
     torch.set_num_threads(args.threads)
     w = WORKLOADS[NETWORK[args.what]]
     w = w.varied(tasks=4) if args.quick else w
-    print(f"machine: {(here := machine())}\n{args.what}: {w.name}, {args.iterations} iterations, Adam {OUTER_LR}\n", flush=True)
+    here = machine()
+    args.out = args.out or (None if args.quick else folder_of(here))
+    print(f"machine: {here}\n{args.what}: {w.name}, {args.iterations} iterations, Adam {OUTER_LR}\n", flush=True)
     rows: list[dict] = []
     for seed in range(args.seeds):
         rows += (new := one_seed(args.what, w, args, seed))

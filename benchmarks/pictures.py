@@ -60,7 +60,8 @@ def _speed(rows: list[dict]) -> Figure:
     axes.axvline(1, color=OURS_COLOUR)
     axes.set(xscale="log", xlabel="time of one meta-iteration over that of fastmaml (meta_grad), same rounds")
     axes.set_xlim(left=0.8, right=2.5 * max((r["ratio"] for g in groups.values() for r in g), default=2))
-    axes.invert_yaxis()
+    axes.set_ylim(y - 0.5, -1)
+    _plain(axes.xaxis, "{x:g}x")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     _clean(axes)
@@ -76,13 +77,14 @@ def _floor(rows: list[dict]) -> Figure:
         floor = r["gflop"] / r["peak_gflops"] * 1e3
         axes.barh(y - 0.2, r["median_ms"], 0.36, color=OURS_COLOUR, label="measured (meta_grad)")
         axes.barh(y + 0.2, floor, 0.36, color="#b9d3ff", label="its arithmetic at the measured peak")
-        axes.text(r["median_ms"] * 1.05, y - 0.2, f"{r['median_ms']:.3g} ms = {r['median_ms'] / floor:.2g} floors", va="center", fontsize=8)
+        axes.text(r["median_ms"] * 1.05, y - 0.2, f"{r['median_ms']:.4g} ms = {r['median_ms'] / floor:.2g} floors", va="center", fontsize=8)
     axes.set_yticks(range(len(mine)), [r["workload"] for r in mine])
     axes.set(xscale="log", xlabel="ms")
     axes.set_xlim(right=8 * max((r["median_ms"] for r in mine), default=1))
     axes.invert_yaxis()
+    _plain(axes.xaxis)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
+    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     _clean(axes)
     return figure
 
@@ -96,6 +98,10 @@ def _sweeps(rows: list[dict]) -> Figure:
             axes.plot([r["at"] for r in mine], [r["median_ms"] for r in mine], "o", color=colour, label=peer)
             axes.plot([r["at"] for r in mine], [r.get("line_ms", r["median_ms"]) for r in mine], "-", color=colour, linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel=axis.replace("_", " "), ylabel="ms")
+        at = sorted({r["at"] for r in rows if r["axis"] == axis})
+        axes.set_xticks(at, at)
+        _plain(axes.yaxis)
+        axes.xaxis.set_minor_formatter("")
         axes.legend(fontsize=8)
         _clean(axes)
     return figure
@@ -125,11 +131,18 @@ def _memory(rows: list[dict]) -> Figure:
         for peer, colour in ((META_GRAD, OURS_COLOUR), (PLAIN, PLAIN_COLOUR)):
             line = [r for r in rows if r["workload"] == name and r["peer"] == peer and "above_mb" in r]
             axes.plot([r["inner_steps"] for r in line], [r["above_mb"] for r in line], "o-", color=colour, label=peer)
-        axes.set(title=name, xlabel="inner steps", ylabel="peak MB above import and data", yscale="log")
+        axes.set(title=name, xlabel="inner steps", ylabel="peak MB above import and data", yscale="log", xticks=sorted({r["inner_steps"] for r in rows}))
+        _plain(axes.yaxis)
         axes.title.set_fontsize(9)
         axes.legend(fontsize=8)
         _clean(axes)
     return figure
+
+
+def _plain(axis, text: str = "{x:g}") -> None:
+    """Numbers of a logarithmic axis as they are read."""
+    axis.set_major_formatter(text)
+    axis.set_minor_formatter("")
 
 
 def _clean(axes) -> None:

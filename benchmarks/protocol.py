@@ -11,7 +11,9 @@ A peer that is not installed, fails, or hits its limit of time or memory is a ro
 
 from __future__ import annotations
 
+import datetime
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -166,6 +168,12 @@ def machine(threads: int | None = None) -> dict:
         "versions": {"fastmaml": fastmaml.__version__, "python": platform.python_version(), **_versions("torch", "learn2learn", "higher", "torchopt", "jax")},
         "commit": _commit(),
     }  # fmt: skip
+
+
+def folder_of(here: dict) -> Path:
+    """Where results go unless told otherwise: results/<date>-<machine>."""
+    cpu = re.sub(r"\(.*?\)|cpu|processor|@.*", " ", here["cpu"].lower())
+    return ROOT / "benchmarks" / "results" / "-".join([str(datetime.date.today()), *re.findall(r"[a-z0-9]+", cpu), f"{here['threads']}t"])
 
 
 def _cpuinfo(key: str) -> str | None:

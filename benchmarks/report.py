@@ -11,6 +11,7 @@ from benchmarks import pictures
 from benchmarks.peers import BACKWARD, META_GRAD, OURS, PLAIN
 from benchmarks.sweeps import RESIDUAL
 from benchmarks.worker import ROOT
+from benchmarks.workloads import find
 from fastmaml.files import whole_file
 
 README = ROOT / "README.md"
@@ -143,8 +144,8 @@ def section(result: dict, path: str) -> str:
     here = result["machine"]
     lines = [
         BEGIN.format(path),
-        f"{here['cpu']}, {here['tier']}, {here['threads']} threads, torch {here['versions']['torch']}, {here['precision']}; medians of turns, each peer in a process of its own.",
-        "Error: median over single tasks against float64. Every peer and its spread: " + f"[report]({Path(path).parent}/report.md).",
+        f"{here['cpu']}, {here['tier']}, {here['threads']} threads, torch {here['versions']['torch']}, {here['precision']}; medians of turns, each peer in a process of its own."
+        f" Error: median over single tasks against float64. Every peer and its spread: [report]({Path(path).parent}/report.md).",
         "",
         "| meta-iteration | error: plain torch, ours | plain loop | best other peer | `meta_grad` | `backward()` | ratio to both |",
         "|---|---|---|---|---|---|---|",
@@ -156,12 +157,21 @@ def section(result: dict, path: str) -> str:
             continue
         backward = peer(rows, BACKWARD).get("median_ms")
         lines.append(
-            f"| {name} | {plain.get('error', float('nan')):.1e}, {ours['error']:.1e} | {duration(plain.get('median_ms'))} |"
+            f"| {name}: {sizes(name)} | {plain.get('error', float('nan')):.1e}, {ours['error']:.1e} | {duration(plain.get('median_ms'))} |"
             f" {duration(best.get('median_ms'))} ({best.get('peer', 'none')}) | {duration(ours['median_ms'])} | {duration(backward)} |"
             f" {plain.get('ratio', float('nan')):.3g}x, {best.get('ratio', float('nan')):.3g}x |"
         )
     lines += ["", f"![speed-up by workload]({Path(path).parent}/speed.png)", END]
     return "\n".join(lines)
+
+
+def sizes(name: str) -> str:
+    try:
+        w = find(name)
+    except KeyError:  # of another revision
+        return "unknown here"
+    rows = f"{w.ways}-way {w.shots}-shot, {w.queries} {'query' if w.queries == 1 else 'queries'}" if w.image else f"{w.shots} + {w.queries} points"
+    return f"{w.tasks} tasks, {rows}, K = {w.inner_steps}"
 
 
 def into_readme(text: str, table: str) -> str:

@@ -13,10 +13,8 @@ is a subset of under twenty minutes on two cores; --complete takes hours, unatte
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -29,13 +27,12 @@ from tqdm import tqdm
 from benchmarks import report, sweeps
 from benchmarks.libraries import LIBRARIES
 from benchmarks.peers import PEERS, PLAIN, Peer, has_convolutions
-from benchmarks.protocol import Settings, machine, measure
+from benchmarks.protocol import Settings, folder_of, machine, measure
 from benchmarks.workloads import DEFAULT, WORKLOADS, Workload
 from fastmaml.files import whole_file
 
-RESULTS = Path(__file__).parent / "results"
 PARTS = ("speed", "first-order", "sweeps", "threads", "memory")
-FEWER = {"inner_steps": (1, 5, 20), "tasks": (1, 8, 64), "shots": (1, 5, 20), "filters": (16, 64)}  # points of the default
+FEWER = {"inner_steps": (1, 4, 10), "tasks": (1, 8, 32), "shots": (1, 5, 15), "filters": (16, 64)}  # points of the default
 COMPILED = ("torch.compile", "JAX")  # for minutes, where there are convolutions
 FIRST_ORDER = ("sinusoid, cbfinn", "Omniglot FC, learn2learn", "Omniglot strided, mean loss")  # of the default
 NEVER_BEST = ("torch.func loop", "torch.compile(loop)", "JAX map(jit)")
@@ -45,7 +42,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     here = machine(args.threads)
-    out = args.out or (None if args.quick else RESULTS / f"{datetime.date.today()}-{slug(here)}")
+    out = args.out or (None if args.quick else folder_of(here))
     settings = Settings(args.threads, args.budget, args.agreement, args.time_limit, 1000 * args.memory_limit)
     result = {"machine": here, "settings": asdict(settings), **{part: [] for part in args.parts}}
     bar = tqdm(list(jobs(args, settings)), leave=False, disable=not sys.stderr.isatty())
@@ -79,8 +76,8 @@ def jobs(args: argparse.Namespace, settings: Settings) -> Iterator[tuple]:
             yield "threads", name, lambda tell, n=name: sweeps.threads(n, settings, tell)
     if "memory" in args.parts:
         for name, steps in list(sweeps.MEMORY.items())[args.quick :]:
-            ends = steps if whole else (1, 3) if args.quick else (steps[0], steps[-1])
-            yield "memory", name, lambda tell, n=name, k=ends: sweeps.memory(n, k, 5 if whole else 1 if args.quick else 3, settings, tell)
+            few, runs = (steps, 5) if whole else ((1, 3) if args.quick else steps[::2], 1)
+            yield "memory", name, lambda tell, n=name, k=few, r=runs: sweeps.memory(n, k, r, settings, tell)
 
 
 def chosen(args: argparse.Namespace) -> list[Workload]:
@@ -120,11 +117,6 @@ def own_peer(text: str) -> Peer:
     return Peer(text, peer.make, peer.absent, peer.compiles)  # by this name the worker finds it
 
 
-def slug(here: dict) -> str:
-    cpu = re.sub(r"\(.*?\)|cpu|processor|@.*", " ", here["cpu"].lower())
-    return "-".join([*re.findall(r"[a-z0-9]+", cpu), f"{here['threads']}t"])
-
-
 def save(result: dict, out: Path | None) -> None:
     """Whole or not at all."""
     if out:
@@ -145,7 +137,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learn2learn", type=Path, metavar="CHECKOUT", help="its sources, where it is not installed")
     parser.add_argument("--threads", type=int, default=2, help="of torch and fastmaml (default %(default)s)")
     parser.add_argument("--budget", type=float, help="seconds of repetitions per peer and workload (default 10; 3 without --complete)")
-    parser.add_argument("--agreement", type=int, help="single tasks that are held against float64 (default 16)")
+    parser.add_argument("--agreement", type=int, help="single tasks that are held against float64 (default 16; 8 without --complete)")
     parser.add_argument("--time-limit", type=float, metavar="S", help="seconds of any one answer, compiling too (default 240; 100 without --complete)")
     parser.add_argument("--memory-limit", type=float, default=10.0, metavar="GB", help="of one process (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the results")
@@ -159,7 +151,7 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--learn2learn {args.learn2learn}: there is no learn2learn/algorithms/maml.py in it")
         os.environ["LEARN2LEARN"] = str(args.learn2learn.resolve())
     args.budget = args.budget if args.budget is not None else 0.0 if args.quick else 10.0 if args.complete else 3.0
-    args.agreement = args.agreement or (5 if args.quick else 16)
+    args.agreement = args.agreement or (5 if args.quick else 16 if args.complete else 8)
     args.time_limit = args.time_limit or (240.0 if args.complete else 100.0)
     return args
 

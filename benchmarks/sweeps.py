@@ -28,7 +28,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "filters": (16, 32, 64, 128),
 }
 STRAIGHT = ("inner_steps", "tasks", "shots")
-MEMORY = {"mini-ImageNet conv4-32, mean loss": (1, 5, 10, 20, 50), "Omniglot FC, learn2learn": (1, 5, 10, 20, 50)}
+MEMORY = {"mini-ImageNet conv4-32, mean loss": (1, 5, 20, 50), "Omniglot FC, learn2learn": (1, 5, 20, 50)}
 ALONE = ("Omniglot strided, mean loss", "Omniglot conv4-64, pytorch-maml", "mini-ImageNet conv4-32, mean loss")
 Tell = Callable[[str], None]
 

@@ -240,7 +240,8 @@ def test_the_readme_table() -> None:
 
 def test_the_table_goes_into_the_readme() -> None:
     table = report.section(results(), "benchmarks/results/x/results.json")
-    assert "| a | 1.0e-07, 1.0e-07 | 20 ms | 5 ms (other) | 1 ms |" in table
+    assert "| a: unknown here | 1.0e-07, 1.0e-07 | 20 ms | 5 ms (other) | 1 ms |" in table
+    assert report.sizes(SINUSOID.name) == "25 tasks, 10 + 10 points, K = 1"
     text = f"before\n{report.BEGIN.format('old')}\nold\n{report.END}\nafter"
     assert report.into_readme(text, table) == f"before\n{table}\nafter"
     with pytest.raises(ValueError, match="has no section"):
