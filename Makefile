@@ -21,7 +21,7 @@ demo: install ## train, adapt, draw: three minutes
 test: install ## every test, or those in TESTS=
 	$(PYTEST) -n 2 $(TESTS)
 
-bench: install $(VENV)/peers ## fastmaml beside what people run today: under twenty minutes
+bench: install $(VENV)/peers ## fastmaml beside what people run today: about twenty minutes
 	$(BIN)/python -m benchmarks.run
 
 lint: install ## ruff, clang-format

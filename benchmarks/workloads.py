@@ -120,7 +120,6 @@ WORKLOADS = {w.name: w for w in _ALL}
 DEFAULT = (  # what `make bench` measures
     "sinusoid, cbfinn",
     "Omniglot FC, learn2learn",
-    "Omniglot FC, 5 steps",
     "Omniglot strided, mean loss",
     "Omniglot conv4-64, pytorch-maml",
     "mini-ImageNet conv4-32, mean loss",
