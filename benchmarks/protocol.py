@@ -100,9 +100,14 @@ def _judge(rows: dict[str, dict], workers: dict[str, Worker]) -> None:
     plain = rows[PLAIN].get("error") if PLAIN in rows else None
     for name in list(workers):
         error = rows[name]["error"]
-        if plain is not None and not error <= LIMIT * max(plain, ROUNDING):
-            rows[name]["reason"] = f"no speed, for its error {error:.1e} is over {LIMIT:g} times the plain loop's {plain:.1e}"
-            workers.pop(name).close()
+        if plain is None:
+            why = "the plain loop gave no error to judge it by"
+        elif not error <= LIMIT * max(plain, ROUNDING):
+            why = f"its error {error:.1e} is over {LIMIT:g} times the plain loop's {plain:.1e}"
+        else:
+            continue
+        rows[name]["reason"] = f"no speed, for {why}"
+        workers.pop(name).close()
 
 
 def _take_turns(workers: dict[str, Worker], rows: dict[str, dict], settings: Settings, tell: Callable[[str], None]) -> None:
@@ -121,7 +126,7 @@ def _take_turns(workers: dict[str, Worker], rows: dict[str, dict], settings: Set
                 del workers[name]
         if META_GRAD in workers:
             base = statistics.median(times[META_GRAD][-1])
-            for name in active:
+            for name in (n for n in active if n in workers):
                 ratios[name].append(statistics.median(times[name][-1]) / base)
     for name in workers:
         calls = [1e3 * t for one in times[name] for t in one]

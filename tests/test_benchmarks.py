@@ -194,6 +194,39 @@ def test_turns() -> None:
     assert low < middle == 3.0 < high
 
 
+class Answers:
+    """A worker that fails at its second turn."""
+
+    def __init__(self, fails: bool) -> None:
+        self.turns, self.fails, self.closed = 0, fails, False
+
+    def ask(self, what: str, *arguments: object) -> list[float]:
+        self.turns += 1
+        if self.fails and self.turns == 2:
+            raise Failed("took over 1 GB")
+        return [0.1]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("turns", [0, 1], ids=["first turn", "second turn"])
+def test_a_peer_may_fail_in_its_turn(turns: int) -> None:
+    workers = {META_GRAD: Answers(False), "other": Answers(True)}
+    workers["other"].turns = 1 - turns
+    rows = {name: {"workload": "w"} for name in workers}
+    protocol._take_turns(workers, rows, protocol.Settings(budget=0.35), lambda text: None)
+    assert rows["other"] == {"workload": "w", "reason": "took over 1 GB"} and list(workers) == [META_GRAD]
+    assert rows[META_GRAD]["ratio"] == 1 and rows[META_GRAD]["repetitions"] == 4
+
+
+def test_nobody_is_measured_without_a_judge() -> None:
+    workers, rows = {"other": Answers(False)}, {"other": {"error": 1e-7}, PLAIN: {"reason": "took over 10 GB"}}
+    other = workers["other"]
+    protocol._judge(rows, workers)
+    assert not workers and other.closed and rows["other"]["reason"] == "no speed, for the plain loop gave no error to judge it by"
+
+
 def test_straight_line() -> None:
     a, b = sweeps.straight_line([1, 2, 5, 50], [3 + 2 * x for x in (1, 2, 5, 50)])
     assert abs(a - 3) < 1e-9 and abs(b - 2) < 1e-9
