@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.peers import META_GRAD, OURS, PLAIN
@@ -108,32 +110,35 @@ def _sweeps(rows: list[dict]) -> Figure:
 
 
 def _threads(rows: list[dict]) -> Figure:
-    names = _workloads(rows)
-    figure = Figure(figsize=(4.4 * len(names), 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        mine = [r for r in rows if r["workload"] == name]
+    def panel(axes: Axes, mine: list[dict]) -> None:
         for tasks in sorted({r["tasks"] for r in mine}):
             line = [r for r in mine if r["tasks"] == tasks]
             axes.plot([r["threads"] for r in line], [r["speedup"] for r in line], "o-", label=f"{tasks} task{'' if tasks == 1 else 's'}")
         most = max(r["threads"] for r in mine)
         axes.plot([1, most], [1, most], ":", color="black", linewidth=1)
-        axes.set(title=name, xlabel="threads", ylabel="speed-up over one thread", xticks=sorted({r["threads"] for r in mine}))
-        axes.title.set_fontsize(9)
-        axes.legend(fontsize=8)
-        _clean(axes)
-    return figure
+        axes.set(xlabel="threads", ylabel="speed-up over one thread", xticks=sorted({r["threads"] for r in mine}))
+
+    return _panels(rows, panel)
 
 
 def _memory(rows: list[dict]) -> Figure:
+    def panel(axes: Axes, mine: list[dict]) -> None:
+        for peer, colour in ((META_GRAD, OURS_COLOUR), (PLAIN, PLAIN_COLOUR)):
+            line = [r for r in mine if r["peer"] == peer and "above_mb" in r]
+            axes.plot([r["inner_steps"] for r in line], [r["above_mb"] for r in line], "o-", color=colour, label=peer)
+        axes.set(xlabel="inner steps", ylabel="peak MB above import and data", yscale="log", xticks=sorted({r["inner_steps"] for r in mine}))
+        _plain(axes.yaxis)
+
+    return _panels(rows, panel)
+
+
+def _panels(rows: list[dict], panel: Callable[[Axes, list[dict]], None]) -> Figure:
+    """One for each workload."""
     names = _workloads(rows)
     figure = Figure(figsize=(4.4 * len(names), 3.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for peer, colour in ((META_GRAD, OURS_COLOUR), (PLAIN, PLAIN_COLOUR)):
-            line = [r for r in rows if r["workload"] == name and r["peer"] == peer and "above_mb" in r]
-            axes.plot([r["inner_steps"] for r in line], [r["above_mb"] for r in line], "o-", color=colour, label=peer)
-        axes.set(title=name, xlabel="inner steps", ylabel="peak MB above import and data", yscale="log", xticks=sorted({r["inner_steps"] for r in rows}))
-        _plain(axes.yaxis)
-        axes.title.set_fontsize(9)
+        panel(axes, [r for r in rows if r["workload"] == name])
+        axes.set_title(name, fontsize=9)
         axes.legend(fontsize=8)
         _clean(axes)
     return figure
@@ -145,7 +150,7 @@ def _plain(axis, text: str = "{x:g}") -> None:
     axis.set_minor_formatter("")
 
 
-def _clean(axes) -> None:
+def _clean(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, which="major")
     axes.set_axisbelow(True)
