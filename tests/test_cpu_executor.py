@@ -260,22 +260,29 @@ def ragged(option: str) -> Case:
 
 
 def ragged_case(option: str = "second") -> Case:
-    """17 tasks of many sizes through a network with expressions, batch normalisation, a residual, ways."""
+    """17 tasks of many sizes through a network with expressions, batch normalisation, ways. "wide": rows of all tasks go through in pieces."""
     options = {"second": {}, "first": {"first_order": True}, "fast": {"memory": "fast"}, "steps": {"query_from": 0}}
-    options = {**options, "factored": {"support_rows": 13}}[option]
+    options = {**options, "factored": {"support_rows": 13}, "wide": {"support_rows": 13}}[option]
+    inputs = 4000 if option == "wide" else 40
     sizes = [(1 + 5 * t % 13, 1 + 7 * t % 11) for t in range(17)]
     torch.manual_seed(1)
     net = torch.nn.Sequential(
-        torch.nn.Linear(40, 33), torch.nn.BatchNorm1d(33, eps=1e-2, track_running_stats=False), torch.nn.ELU()
+        torch.nn.Linear(inputs, 33), torch.nn.BatchNorm1d(33, eps=1e-2, track_running_stats=False), torch.nn.ELU()
     )
-    program = trace(torch.nn.Sequential(net, torch.nn.Linear(33, 70), torch.nn.ReLU(), torch.nn.Linear(70, 5)), (40,))
+    program = trace(torch.nn.Sequential(net, torch.nn.Linear(33, 70), torch.nn.ReLU(), torch.nn.Linear(70, 5)), (inputs,))
     program = program.with_roles(lambda name: "outer" if name == "0.1.bias" else "adapted")
     rates = {leaf.name: Rate(f"lr.{leaf.name}", (), True, True) for leaf in program.leaves if leaf.role == "adapted"}
     a = Arrangement(steps=3, rates=rates, **options)
     return numbers_for(program, a, 2, sizes, ways=[2 + t % 4 for t in range(17)], rate=0.1)
 
 
-OPTIONS = ("second", "first", "fast", "steps", "factored", *(f"images-{o}" for o in ("second", "first", "fast", "steps", "support")))
+def test_rows_of_all_tasks_in_pieces() -> None:
+    case = net_case("omniglot-fc-factored", steps=1, rows=(20, 20))
+    assert case.plan().count("factored") and sum(case.batch.support_sizes) > 252  # of 4,160 bytes, in and out: more than a piece
+    assert 0 <= masks_equal_error(case, 3e-5) <= 3e-5
+
+
+OPTIONS = ("second", "first", "fast", "steps", "factored", "wide", *(f"images-{o}" for o in ("second", "first", "fast", "steps", "support")))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -344,13 +351,13 @@ def test_a_task_of_a_ragged_batch_is_that_task_alone(option: str) -> None:
         weights[t] = 1.0
         picked = CpuExecutor(case.plan(), threads=2).forward(case.call(torch.float32, task_weights=weights))
         for name in one.values:
-            if option == "factored" and name == "grad.0.0.weight":  # one product over the rows of all tasks
+            if option in ("factored", "wide") and name == "grad.0.0.weight":  # one product over the rows of all tasks
                 assert torch.allclose(one.values[name], picked.values[name], rtol=1e-5, atol=1e-6)
             elif name.startswith("grad."):
                 assert torch.equal(one.values[name], picked.values[name]), name
 
 
-@pytest.mark.parametrize("option", ["second", "factored", "images-second", "images-support"])
+@pytest.mark.parametrize("option", ["second", "factored", "wide", "images-second", "images-support"])
 def test_order_of_the_tasks_does_not_matter_to_any_of_them(option: str) -> None:
     case = ragged(option)
     order = torch.randperm(len(case.batch), generator=torch.Generator().manual_seed(0)).tolist()
@@ -411,7 +418,7 @@ def without(case: Case, bad) -> Tensor:
     [{3: float("nan")}, {0: float("inf"), 16: float("-inf")}, {5: 3e38, 6: float("nan")}],
     ids=["nan", "inf", "two"],
 )
-@pytest.mark.parametrize("option", ["second", "factored"])
+@pytest.mark.parametrize("option", ["second", "factored", "wide"])
 def test_non_finite_tasks_are_named_and_left_out(option: str, bad: dict[int, float], threads: int) -> None:
     left_out(ragged_case(option), bad, threads)
 

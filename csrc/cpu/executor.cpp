@@ -301,6 +301,15 @@ static void find_bad_tasks(Shared& s, const Instruction& in, const Worker& w, co
     }
 }
 
+// Rows of all tasks that a kernel of a batch phase takes at once. It walks them for each of its tiles, so they stay in
+// a cache of the second level.
+static int64_t rows_in_cache(const Instruction& in, const Plan& plan) {
+    constexpr int64_t kBytes = 1 << 20;
+    int64_t row = 1;
+    for (int i = 0; i < in.n_operands; ++i) row += plan.operands[in.operands + i].advance;
+    return row < kBytes / 64 ? kBytes / row : 64;
+}
+
 // A batch phase: row kernels take a share of the rows of all tasks; sums take a share of their output, over the rows of
 // all finite tasks.
 static void run_batch(Shared& s, const Phase& phase, int me, int n) {
@@ -312,6 +321,7 @@ static void run_batch(Shared& s, const Phase& phase, int me, int n) {
         const int64_t* offsets = group.rows == Rows::kSupport ? s.run.support_rows : s.run.query_rows;
         const int64_t total = offsets[s.run.tasks];
         for (const Instruction& in : group.instructions) {
+            const int64_t most = rows_in_cache(in, s.plan);
             if (in.sums) {
                 w.part = me, w.parts = n;
                 if (s.run.careful && !s.run.exclude) find_bad_tasks(s, in, w, offsets, me, n);
@@ -321,15 +331,21 @@ static void run_batch(Shared& s, const Phase& phase, int me, int n) {
                     while (t < s.run.tasks && s.run.finite[t]) ++t;
                     if (t == begin && !(first && t == s.run.tasks))
                         continue;  // a task left out; with none at all the sum is zero
-                    Call c = prepare_call(in, w, 0, offsets[begin], offsets[t] - offsets[begin], total);
-                    c.first = first, c.last = true;
-                    s.tier.table[in.kernel](c);
-                    first = false;
+                    int64_t row = offsets[begin];
+                    do {
+                        const int64_t left = offsets[t] - row;
+                        Call c = prepare_call(in, w, 0, row, left < most ? left : most, total);
+                        c.first = first, c.last = true;
+                        s.tier.table[in.kernel](c);
+                        first = false;
+                        row += most;
+                    } while (row < offsets[t]);
                 }
                 w.part = 0, w.parts = 1;
             } else {
                 const int64_t begin = total * me / n, end = total * (me + 1) / n;
-                if (end > begin) s.tier.table[in.kernel](prepare_call(in, w, 0, begin, end - begin, total));
+                for (int64_t row = begin; row < end; row += most)
+                    s.tier.table[in.kernel](prepare_call(in, w, 0, row, end - row < most ? end - row : most, total));
             }
             s.all->wait();
             if (in.sums) {
