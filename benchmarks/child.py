@@ -13,6 +13,7 @@ from typing import NamedTuple, TextIO
 import numpy as np
 import torch
 
+from benchmarks import cuda_graph
 from benchmarks.libraries import LIBRARIES
 from benchmarks.peers import OURS, PEERS, Peer, Step, maml_of, plain_loop
 from benchmarks.worker import status
@@ -21,10 +22,11 @@ from fastmaml.batch import TaskBatch
 from fastmaml.plan.explain import costs
 
 
-def serve(threads: int, answers: TextIO) -> None:
+def serve(threads: int, device: str, answers: TextIO) -> None:
     torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # speeds are compared at one precision
     torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimizer imports for seconds: now, while the other workers start too
-    child = Child()
+    child = Child(device)
     for line in sys.stdin:
         what, *arguments = json.loads(line)
         try:
@@ -42,9 +44,10 @@ class Made(NamedTuple):
 
 
 class Child:
-    """What a worker can be asked; ``made``, by key, is what ``make`` prepared."""
+    """What a worker can be asked; ``made``, by key, is what ``make`` prepared. Seconds are those until the device is done."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device, self.on_gpu = device, device.startswith("cuda")
         self.made: dict[str, Made] = {}
         self.seed = 0
         self.before = (0.0, 0.0)
@@ -52,13 +55,17 @@ class Child:
     def make(self, key: str, workload: str, peer: str, threads: int | None = None) -> None:
         w = find(workload)
         torch.manual_seed(0)
-        model = w.model()
+        model = w.model().to(self.device)
         step = peer_called(peer).make(model, w)
         if threads is not None:
             step = _on(threads, step)
-        self.made[key] = Made(model, step, w.sample(0), w)
+        self.made[key] = Made(model, step, self._there(w.sample(0)), w)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / 2**20, 0.0
+            return
         if os.path.exists("/proc/self/clear_refs"):
             with open("/proc/self/clear_refs", "w") as file:  # the peak starts here: what importing took and gave back would hide a part
                 file.write("5")
@@ -69,18 +76,19 @@ class Child:
         _, step, tasks, _ = self.made[key]
         begin = time.perf_counter()
         step(tasks)
+        self._wait()
         return time.perf_counter() - begin
 
     def truth(self, workload: str, count: int, path: str) -> None:
         """The meta-gradients of single tasks by the plain loop in float64, [count, parameters], in a file."""
         w = find(workload)
         torch.manual_seed(0)
-        model = w.model().double()
+        model = w.model().double().to(self.device)
         step = plain_loop(model, w)
         found = []
         for task in single_tasks(w, count):
             model.zero_grad()
-            step(tuple(v.double() if v.is_floating_point() else v for v in task))
+            step(self._there(tuple(v.double() if v.is_floating_point() else v for v in task)))
             found.append(gradient(model).numpy())
         np.save(path, np.stack(found), allow_pickle=False)
 
@@ -91,7 +99,7 @@ class Child:
         out = []
         for want, task in zip(truth, single_tasks(w, len(truth)), strict=True):
             model.zero_grad()
-            step(tuple(v.expand(copies, *v.shape[1:]).contiguous() for v in task))
+            step(self._there(tuple(v.expand(copies, *v.shape[1:]).contiguous() for v in task)))
             got = gradient(model)
             out.append(float((got - want).norm() / want.norm()))
         model.zero_grad()
@@ -100,7 +108,7 @@ class Child:
     def turn(self, key: str, seconds: float) -> list[float]:
         """Seconds of the calls of a turn; of several the first is left out: it finds the caches full of another's data."""
         _, step, tasks, _ = self.made[key]
-        return _timed(lambda: step(tasks), seconds)
+        return self._timed(lambda: step(tasks), seconds)
 
     def iterations(self, key: str, seconds: float) -> list[float]:
         """The same of whole iterations: drawing the tasks, the meta-gradient, Adam."""
@@ -110,13 +118,16 @@ class Child:
         def iteration() -> None:
             self.seed += 1
             optimizer.zero_grad()
-            step(w.sample(self.seed))
+            step(self._there(w.sample(self.seed)))
             optimizer.step()
 
-        return _timed(iteration, seconds)
+        return self._timed(iteration, seconds)
 
     def peak(self) -> dict[str, float]:
-        """MB since ``make``: above import and data, of that pages of files (code that ran for the first time), and in all."""
+        """MB since ``make``: above import and data, of that pages of files (code that ran for the first time), and in all. On a GPU of torch's allocator."""
+        if self.on_gpu:
+            peak = torch.cuda.max_memory_allocated() / 2**20
+            return {"above_mb": peak - self.before[0], "code_mb": 0.0, "total_mb": torch.cuda.max_memory_reserved() / 2**20}
         peak, loaded = status("VmHWM"), status("RssFile")
         before, files = self.before
         return {"above_mb": peak - loaded - before, "code_mb": loaded - files, "total_mb": peak}
@@ -138,9 +149,28 @@ class Child:
         }  # fmt: skip
 
 
+    def _there(self, tasks: Tasks) -> Tasks:
+        """On the device that is measured."""
+        return tuple(v.to(self.device) for v in tasks) if self.on_gpu else tasks
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def _timed(self, call: Callable[[], object], seconds: float) -> list[float]:
+        times, end = [], time.perf_counter() + seconds
+        while not times or time.perf_counter() < end:
+            begin = time.perf_counter()
+            call()
+            self._wait()
+            times.append(time.perf_counter() - begin)
+        return times[1:] or times
+
+
 def peer_called(name: str) -> Peer:
     """By name; ``module:attribute`` is one of the user's own."""
     known = {**OURS, **PEERS, **LIBRARIES}
+    known |= {p.name: p for p in map(cuda_graph.graphed, known.values())}
     if name not in known and ":" in name:
         module, attribute = name.split(":", 1)
         return getattr(importlib.import_module(module), attribute)
@@ -159,8 +189,8 @@ def single_tasks(w: Workload, count: int) -> Iterator[Tasks]:
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:
-    """All parameters' .grad as one float64 vector."""
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in model.parameters()])
+    """All parameters' .grad as one float64 vector on the CPU."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in model.parameters()]).cpu()
 
 
 def _on(threads: int, step: Callable) -> Callable:
@@ -170,11 +200,3 @@ def _on(threads: int, step: Callable) -> Callable:
 
     return on_threads
 
-
-def _timed(call: Callable[[], object], seconds: float) -> list[float]:
-    times, end = [], time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return times[1:] or times

@@ -78,7 +78,12 @@ build() { "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m fastmaml; }
 # compute-sanitizer on the tests of the CUDA kernels.
 sanitizer() { compute-sanitizer --error-exitcode 1 --require-cuda-init no "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_*.py; }
 
-bench() { "$PYTHON" -m benchmarks.run --parts speed --budget 1 --agreement 8 --time-limit 40 --threads "$(nproc)" --out "$OUT"; }
+# On the GPU where torch sees one, each peer also in a CUDA graph; else on the CPU, so that the script itself can be tried.
+bench() {
+    local device
+    device=$("$PYTHON" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
+    "$PYTHON" -m benchmarks.run --device "$device" --parts speed --budget 1 --agreement 8 --time-limit 40 --threads "$(nproc)" --out "$OUT"
+}
 
 export PYTHON OUT TESTS
 export OMP_WAIT_POLICY=passive  # the threads of many processes share the cores

@@ -22,16 +22,16 @@ _OF = {
 }
 
 
-def of(part: str) -> list[tuple[str, str]]:
-    """(what it shows, file) of the pictures of a part of the results."""
-    return _OF.get(part, [])
+def of(part: str, machine: dict) -> list[tuple[str, str]]:
+    """(what it shows, file) of the pictures of a part of the results. A machine whose peak is not known has no floor."""
+    return [(what, file) for what, file in _OF.get(part, []) if file != "floor.png" or machine["peak_gflops"]]
 
 
 def draw(result: dict, folder: Path) -> None:
     """All pictures for which there are rows, as PNG, each whole or not at all."""
     makers = {"speed.png": ("speed", _speed), "floor.png": ("speed", _floor), "sweeps.png": ("sweeps", _sweeps), "threads.png": ("threads", _threads), "memory.png": ("memory", _memory)}
     for file, (part, make) in makers.items():
-        if result.get(part):
+        if result.get(part) and file in dict(map(reversed, of(part, result["machine"]))):
             buffer = io.BytesIO()
             make(result[part]).savefig(buffer, format="png", dpi=110, bbox_inches="tight")
             with whole_file(folder / file) as out:

@@ -41,16 +41,17 @@ FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_b
 
 @dataclass(frozen=True)
 class Settings:
-    """budget: seconds of repetitions per peer and workload; seconds, megabytes: limits of each answer and each process."""
+    """budget: seconds of repetitions per peer and workload; seconds, megabytes: limits of each answer and each process; device: as torch names it."""
 
     threads: int = 2
     budget: float = 10.0
     agreement: int = 16
     seconds: float = 240.0
     megabytes: float = 10_000.0
+    device: str = "cpu"
 
     def worker(self) -> Worker:
-        return Worker(self.threads, seconds=self.seconds, megabytes=self.megabytes)
+        return Worker(self.threads, seconds=self.seconds, megabytes=self.megabytes, device=self.device)
 
 
 # ------------------------------------------------------------------------------------------------- one workload
@@ -166,22 +167,24 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 # ------------------------------------------------------------------------------------------------- the machine
-def machine(threads: int | None = None) -> dict:
+def machine(threads: int | None = None, device: str = "cpu") -> dict:
     """What every row carries: where, with what and how precisely it was measured."""
-    threads = threads or torch.get_num_threads()
+    threads, on_cpu = threads or torch.get_num_threads(), device == "cpu"
     return {
         "cpu": _cpuinfo("model name") or platform.machine(),
         "flags": [flag for flag in FLAGS if flag in (_cpuinfo("flags") or "").split()],
-        "device": "cpu", "precision": "float32", "tier": _cpu.active_tier(), "threads": threads, "peak_gflops": round(_cpu.peak_gflops(threads)),
-        "versions": {"fastmaml": fastmaml.__version__, "python": platform.python_version(), **_versions("torch", "learn2learn", "higher", "torchopt", "jax")},
+        "device": "cpu" if on_cpu else f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}", "precision": "float32",
+        "tier": _cpu.active_tier(), "threads": threads, "peak_gflops": round(_cpu.peak_gflops(threads)) if on_cpu else None,
+        "versions": {"fastmaml": fastmaml.__version__, "python": platform.python_version(), **_versions("torch", "triton", "learn2learn", "higher", "torchopt", "jax")},
         "commit": _commit(),
     }  # fmt: skip
 
 
 def folder_of(here: dict) -> Path:
     """Where results go unless told otherwise: results/<date>-<machine>."""
-    cpu = re.sub(r"\(.*?\)|cpu|processor|@.*", " ", here["cpu"].lower())
-    return ROOT / "benchmarks" / "results" / "-".join([str(datetime.date.today()), *re.findall(r"[a-z0-9]+", cpu), f"{here['threads']}t"])
+    name = f"{here['cpu']} {here['threads']}t" if here["device"] == "cpu" else here["device"].split(",")[0]
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\(.*?\)|cpu|processor|@ *\S*", " ", name.lower()))
+    return ROOT / "benchmarks" / "results" / "-".join([str(datetime.date.today()), *words])
 
 
 def _cpuinfo(key: str) -> str | None:

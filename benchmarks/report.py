@@ -115,16 +115,17 @@ def terminal(part: str, rows: Rows) -> str:
 def markdown(result: dict) -> str:
     here = result["machine"]
     versions = ", ".join(f"{name} {v}" for name, v in here["versions"].items())
+    peak = f", measured peak {here['peak_gflops']} GFLOP/s" if here["peak_gflops"] else ""
     parts = [
         "# Measured",
-        f"{here['cpu']} ({here['device']}, {here['tier']}), {here['threads']} threads, {here['precision']}, measured peak {here['peak_gflops']} GFLOP/s; {versions};"
+        f"{here['cpu']} ({here['device']}, {here['tier']}), {here['threads']} threads, {here['precision']}{peak}; {versions};"
         f" commit {here['commit']}. Ratios: time of the row over that of `{META_GRAD}` in the same rounds. Error: median over single tasks against float64.",
     ]
     names = {"speed": "Second order", "first-order": "First order", "sweeps": "Sweeps", "threads": "Threads", "memory": "Memory"}
     for part, (key, lines) in LINES.items():
         if not result.get(part):
             continue
-        parts += [f"## {names[part]}", *(f"![{name}]({file})" for name, file in pictures.of(part))]
+        parts += [f"## {names[part]}", *(f"![{name}]({file})" for name, file in pictures.of(part, here))]
         for rows in by(result[part], key).values():
             title, head, cells = lines(rows)
             parts += [f"**{title}**", "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *cells))]

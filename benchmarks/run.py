@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import report, sweeps
+from benchmarks.cuda_graph import graphed
 from benchmarks.libraries import LIBRARIES
 from benchmarks.peers import PEERS, PLAIN, Peer, has_convolutions
 from benchmarks.protocol import Settings, folder_of, machine, measure
@@ -41,9 +42,9 @@ NEVER_BEST = ("torch.func loop", "torch.compile(loop)", "JAX map(jit)")
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    here = machine(args.threads)
+    here = machine(args.threads, args.device)
     out = args.out or (None if args.quick else folder_of(here))
-    settings = Settings(args.threads, args.budget, args.agreement, args.time_limit, 1000 * args.memory_limit)
+    settings = Settings(args.threads, args.budget, args.agreement, args.time_limit, 1000 * args.memory_limit, args.device)
     result = {"machine": here, "settings": asdict(settings), **{part: [] for part in args.parts}}
     bar = tqdm(list(jobs(args, settings)), leave=False, disable=not sys.stderr.isatty())
     for part, title, job in bar:
@@ -70,7 +71,7 @@ def jobs(args: argparse.Namespace, settings: Settings) -> Iterator[tuple]:
         for axis, points in (sweeps.AXES if whole else FEWER).items():
             few, base = (points[:2], sweeps.BASE.varied(tasks=2)) if args.quick else (points, sweeps.BASE)
             yield "sweeps", axis, lambda tell, a=axis, p=few, b=base: sweeps.sweep(a, p, settings, tell, b)
-    if "threads" in args.parts:
+    if "threads" in args.parts and args.device == "cpu":
         names = sweeps.ALONE if whole else sweeps.ALONE[:1]
         for name in names:
             yield "threads", name, lambda tell, n=name: sweeps.threads(n, settings, tell)
@@ -89,12 +90,14 @@ def chosen(args: argparse.Namespace) -> list[Workload]:
 
 
 def peers_of(args: argparse.Namespace, w: Workload) -> list[Peer]:
-    """The plain loop always: the others are held against it."""
+    """The plain loop always: the others are held against it. On a GPU each also in a CUDA graph."""
     known = {**PEERS, **LIBRARIES}
+    if args.device != "cpu":
+        known |= {p.name: p for p in map(graphed, known.values())}
     if args.peers:
         known = {n: p for n, p in known.items() if n == PLAIN or any(text in n for text in args.peers)}
     elif args.quick or (w.first_order and not args.complete):
-        known = {n: PEERS[n] for n in (PLAIN, "torch.func vmap")}
+        known = {n: known[n] for n in (PLAIN, "torch.func vmap")}
     elif not args.complete:
         known = {n: _left_out(p, w) for n, p in known.items()}
     return [*known.values(), *args.own]
@@ -103,7 +106,7 @@ def peers_of(args: argparse.Namespace, w: Workload) -> list[Peer]:
 def _left_out(peer: Peer, w: Workload) -> Peer:
     """Absent from the default set, where it is slow to compile or never the best."""
     slow = peer.name.startswith(COMPILED) and has_convolutions(w)
-    why = "compiles for minutes" if slow else "is never the best" if peer.name in NEVER_BEST else None
+    why = "compiles for minutes" if slow else "is never the best" if peer.name.startswith(NEVER_BEST) else None
     return Peer(peer.name, peer.make, lambda w: f"left out, for it {why}: --complete", peer.compiles) if why else peer
 
 
@@ -115,6 +118,18 @@ def own_peer(text: str) -> Peer:
     except (ImportError, AttributeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
     return Peer(text, peer.make, peer.absent, peer.compiles)  # by this name the worker finds it
+
+
+def _unusable(device: str) -> str | None:
+    """Why nothing can be measured on this device, or None."""
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    if kind not in ("cpu", "cuda"):
+        return "expected cpu or cuda"
+    there = torch.cuda.device_count() if kind == "cuda" else 1
+    return None if index < there else f"torch sees {there} CUDA device{'s' * (there != 1)} here"
 
 
 def save(result: dict, out: Path | None) -> None:
@@ -135,6 +150,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", metavar="TEXT", help="peers whose name contains one of these; the plain loop always")
     parser.add_argument("--peer", dest="own", action="append", type=own_peer, default=[], metavar="MODULE:NAME", help="a benchmarks.peers.Peer of your own")
     parser.add_argument("--learn2learn", type=Path, metavar="CHECKOUT", help="its sources, where it is not installed")
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu (default), cuda, cuda:1, ...; in float32, without TF32")
     parser.add_argument("--threads", type=int, default=2, help="of torch and fastmaml (default %(default)s)")
     parser.add_argument("--budget", type=float, help="seconds of repetitions per peer and workload (default 10; 3 without --complete)")
     parser.add_argument("--agreement", type=int, help="single tasks that are held against float64 (default 16; 8 without --complete)")
@@ -146,6 +162,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--only {args.only!r}: no workload's name contains it; there are {'; '.join(WORKLOADS)}")
     if args.threads < 1:
         parser.error(f"--threads {args.threads}: expected at least 1")
+    if why := _unusable(args.device):
+        parser.error(f"--device {args.device}: {why}")
     if args.learn2learn:
         if not (args.learn2learn / "learn2learn" / "algorithms" / "maml.py").is_file():
             parser.error(f"--learn2learn {args.learn2learn}: there is no learn2learn/algorithms/maml.py in it")

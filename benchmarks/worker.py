@@ -26,7 +26,7 @@ sys.path[:0] = [sys.argv[1]] if sys.argv[1] == sys.argv[2] else sys.argv[1:3]
 import fastmaml
 assert fastmaml.__file__.startswith(sys.argv[1]), fastmaml.__file__
 from benchmarks.child import serve
-serve(int(sys.argv[3]), answers)
+serve(int(sys.argv[3]), sys.argv[4], answers)
 """
 
 
@@ -37,10 +37,10 @@ class Failed(RuntimeError):
 class Worker:
     """The parent's side. ``ask`` raises Failed with the error of the child, or the limit that it hit; it is closed then."""
 
-    def __init__(self, threads: int, root: Path = ROOT, seconds: float = 240, megabytes: float = 10_000) -> None:
+    def __init__(self, threads: int, root: Path = ROOT, seconds: float = 240, megabytes: float = 10_000, device: str = "cpu") -> None:
         self.seconds, self.megabytes = seconds, megabytes
         self.said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        command = [sys.executable, "-W", "ignore", "-c", CHILD, str(root), str(ROOT), str(threads)]
+        command = [sys.executable, "-W", "ignore", "-c", CHILD, str(root), str(ROOT), str(threads), device]
         paths = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}  # it runs in another folder, where none of its modules can hide another
         self.process = subprocess.Popen(

@@ -19,8 +19,9 @@ import fastmaml
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # the benchmarks are not installed; last, so that the package is the one under test
 
-from benchmarks import compare, protocol, report, run, sweeps  # noqa: E402
+from benchmarks import compare, pictures, protocol, report, run, sweeps  # noqa: E402
 from benchmarks.child import gradient, single_tasks  # noqa: E402
+from benchmarks.cuda_graph import graphed  # noqa: E402
 from benchmarks.libraries import LIBRARIES  # noqa: E402
 from benchmarks.peers import META_GRAD, OURS, PEERS, PLAIN, Peer, maml_of, plain_loop  # noqa: E402
 from benchmarks.worker import Failed, Worker  # noqa: E402
@@ -121,6 +122,40 @@ def test_single_tasks_are_as_many_as_asked_for() -> None:
     assert len({float(task[1].sum()) for task in tasks}) == 5
 
 
+# ------------------------------------------------------------------------------------------------- on a GPU
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [PLAIN, "torch.func vmap"])
+def test_a_captured_peer_gives_the_same_gradient(name: str) -> None:
+    w = SINUSOID.varied(tasks=3)
+    torch.manual_seed(0)
+    model = w.model().cuda()
+    step, captured = PEERS[name].make(model, w), graphed(PEERS[name]).make(model, w)
+    for seed in (1, 2):  # captured with the first; replayed with others, and with other weights
+        tasks = tuple(v.cuda() for v in w.sample(seed))
+        model.zero_grad()
+        loss = step(tasks)
+        want = gradient(model)
+        model.zero_grad()
+        torch.testing.assert_close(captured(tasks), loss)
+        captured(tasks)  # adds
+        torch.testing.assert_close(gradient(model), 2 * want)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.1)
+
+
+def test_a_device_that_is_not_there_is_an_error() -> None:
+    assert run._unusable("cpu") is None and run._unusable("meta") == "expected cpu or cuda"
+    assert run._unusable("cuda:99").startswith("torch sees ") and "tpu" in run._unusable("tpu")
+
+
+def test_results_of_a_gpu_have_a_folder_and_no_floor() -> None:
+    here = {"cpu": "Intel(R) Xeon(R) CPU @ 2.60GHz", "threads": 2, "device": "cpu", "peak_gflops": 300}
+    there = here | {"device": "NVIDIA H100 80GB HBM3, CUDA 13.0", "peak_gflops": None}
+    assert protocol.folder_of(here).name.endswith("-intel-xeon-2t") and protocol.folder_of(there).name.endswith("-nvidia-h100-80gb-hbm3")
+    assert [file for _, file in pictures.of("speed", there)] == ["speed.png"] and len(pictures.of("speed", here)) == 2
+
+
 # ------------------------------------------------------------------------------------------------- workers
 BROKEN = '''
 import time, torch
@@ -177,9 +212,9 @@ def test_a_wrong_gradient_gets_no_speed(mine) -> None:
     ],
 )
 def test_what_fails_says_why(name: str, why: str, mine) -> None:
-    with Worker(1, seconds=60, megabytes=1500) as worker, pytest.raises(Failed) as failed:
+    with Worker(1, seconds=240, megabytes=1500) as worker, pytest.raises(Failed) as failed:
         worker.ask("make", "", SINUSOID.name, mine(name).name)
-        worker.seconds = 1 if name == "sleeper" else 60
+        worker.seconds = 1 if name == "sleeper" else 240
         worker.ask("first", "")
     assert str(failed.value).startswith(why)
 
