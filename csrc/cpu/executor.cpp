@@ -1,46 +1,21 @@
 #include "executor.h"
 
 #include <pthread.h>
-#include <sched.h>
 
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <memory>
+
+#include "half.h"
+#include "ports.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 namespace fastmaml {
 
-// ---------------------------------------------------------------------------------------------------- threads
 // GNU OpenMP hangs in a forked child once a parallel region has run in the parent: a child runs serially.
 static std::atomic<bool> forked{false};
 static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-
-class Barrier {  // for the threads that OpenMP really gave; spins, then yields where there are more threads than cores
-public:
-    explicit Barrier(int count) : count_(count) {}
-    void wait() {
-        if (count_ == 1) return;
-        const int turn = turn_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            turn_.store(turn + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-            if (spins > 2048) sched_yield();
-#ifdef FASTMAML_X86
-            __builtin_ia32_pause();
-#endif
-        }
-    }
-
-private:
-    const int count_;
-    std::atomic<int> arrived_{0}, turn_{0};
-};
 
 // Chunks of tasks that are summed on their own: fixed by the Plan and the number of tasks, never by threads. Where
 // tasks take microseconds, bringing the sums together is a part of the time.
@@ -65,103 +40,6 @@ static int64_t team_bytes(const Plan& plan, int members) {
 int64_t work_bytes(const Plan& plan, int64_t tasks, int threads) {
     const Shape s = shape_of(plan, tasks, threads);
     return s.workers * team_bytes(plan, s.team) + s.chunks * aligned(plan.accumulator_floats * 4);
-}
-
-// ---------------------------------------------------------------------------------------------------- addresses
-struct Worker {  // what one member of a team knows while it runs one task
-    const Plan* plan;
-    const Run* run;
-    const Tier* tier;
-    Task task;
-    Barrier* barrier;
-    int part, parts;
-    std::vector<char*> base;  // by Operand::base
-    float *scratch = nullptr, *shared = nullptr;
-};
-
-static int64_t extent(Rows rows, const Task& t) {
-    switch (rows) {
-        case Rows::kSupport:
-            return t.n_support;
-        case Rows::kQuery:
-            return t.n_query;
-        case Rows::kJoint:
-            return t.n_support + t.n_query;
-        default:
-            return 0;
-    }
-}
-
-static void begin_task(Worker& w, int64_t t) {
-    const Run& r = *w.run;
-    w.task = {t, r.support_rows[t + 1] - r.support_rows[t], r.query_rows[t + 1] - r.query_rows[t],
-              r.ways ? r.ways[t] : 0};
-    for (size_t i = 0; i < w.plan->task_buffers.size(); ++i) {
-        const TaskBuffer& b = w.plan->task_buffers[i];
-        const int64_t at = b.rows == Rows::kSupport ? r.support_rows[t] : b.rows == Rows::kQuery ? r.query_rows[t] : t;
-        w.base[kFirstTaskBase + i] = r.task_buffers[i] + at * b.stride;
-    }
-}
-
-static inline void* address(const Operand& o, const Worker& w, int64_t step, int64_t row0) {
-    const int64_t slot = step + o.shift;
-    if (o.first_base != kNoBase && slot == 0) return w.base[o.first_base] + o.first_offset;
-    return w.base[o.base] + (o.offset + slot * o.step_stride + row0 * o.advance);
-}
-
-// ---------------------------------------------------------------------------------------------------- walking
-static Call prepare_call(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n, int64_t total) {
-    Call c;
-    const Operand* operands = w.plan->operands.data() + in.operands;
-    for (int i = 0; i < in.n_operands; ++i) {
-        c.operands[i] = address(operands[i], w, step, row0);
-        c.row_stride[i] = in.pixels == 1 ? operands[i].row_stride : operands[i].row_stride / in.pixels;
-    }
-    c.n = n * in.pixels;
-    c.row0 = row0 * in.pixels;
-    c.n_total = total * in.pixels;
-    c.first = row0 == 0;
-    c.last = row0 + n >= total;
-    c.part = w.part;
-    c.parts = w.parts;
-    c.stage = 0;
-    c.scratch = w.scratch;
-    c.shared = w.shared;
-    c.sizes = in.sizes;
-    c.numbers = in.numbers;
-    c.task = &w.task;
-    return c;
-}
-
-static inline void run_instruction(const Instruction& in, const Worker& w, int64_t step, int64_t row0, int64_t n,
-                                   int64_t total) {
-    Call c = prepare_call(in, w, step, row0, n, total);
-    for (; c.stage < in.stages; ++c.stage) {
-        w.tier->table[in.kernel](c);
-        if (w.parts > 1) w.barrier->wait();
-    }
-}
-
-static void run_phase(const Phase& phase, const Worker& w) {
-    for (int step = phase.start; phase.stride > 0 ? step < phase.stop : step > phase.stop; step += phase.stride)
-        for (const Group& group : phase.groups) {
-            const int64_t total = group.rows == Rows::kNone ? 1 : extent(group.rows, w.task);
-            const int64_t block = group.rows == Rows::kNone || group.block_rows <= 0 ? total : group.block_rows;
-            for (int64_t row0 = 0; row0 < total; row0 += block) {
-                const int64_t n = total - row0 < block ? total - row0 : block;
-                for (const Instruction& in : group.instructions) run_instruction(in, w, step, row0, n, total);
-            }
-        }
-}
-
-static bool all_finite(const float* p, int64_t n) {
-    uint32_t bad = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, p + i, sizeof bits);
-        bad |= (bits & 0x7f800000u) == 0x7f800000u;  // infinity or NaN
-    }
-    return !bad;
 }
 
 static bool losses_finite(const Worker& w) {
@@ -210,151 +88,6 @@ static void accumulate(const Worker& w, float* acc, bool& begun) {
         add_scaled(*w.tier, begun ? out : nullptr, source, f, out, r.count);
     }
     begun = true;
-}
-
-static void pack(const Port& port, const float* from, const Run& run, const Tier& tier, int part, int parts) {
-    for (int64_t k = 0; k < port.steps; ++k) {
-        float* to = reinterpret_cast<float*>(run.meta + port.offset + k * port.step_stride);
-        const float* src = from + k * port.rows * port.cols;
-        if (port.layout == Layout::kPacked) {
-            Call c{};
-            const int64_t sizes[3] = {port.cols, port.rows, port.taps};
-            c.operands[0] = const_cast<float*>(src);
-            c.operands[1] = to;
-            c.sizes = sizes;
-            c.part = part;
-            c.parts = parts;
-            tier.table[kId_pack_fwd](c);
-        } else if (part == 0) {
-            const int64_t n = port.rows * port.cols;
-            std::memcpy(to, src, n * sizeof(float));
-            std::memset(to + n, 0, (pad_lane(n) - n) * sizeof(float));
-        }
-    }
-}
-
-// A share of the rows of a leaf's gradient, out of the packed or plain form, in pieces of 16 x 16 that stay in L1.
-static void unpack(const Port& port, float* to, bool add, const Run& run, int part, int parts) {
-    const int64_t begin = port.rows * part / parts, end = port.rows * (part + 1) / parts;
-    for (int64_t k = 0; k < port.steps; ++k) {
-        const float* from = reinterpret_cast<float*>(run.meta + port.offset + k * port.step_stride);
-        float* dst = to + k * port.rows * port.cols;
-        for (int64_t r0 = begin; r0 < end; r0 += kLane)
-            for (int64_t c0 = 0; c0 < port.cols; c0 += kLane)
-                for (int64_t r = r0; r < end && r < r0 + kLane; ++r) {
-                    const bool packed = port.layout == Layout::kPacked;
-                    const float* row =
-                        from + (packed ? packed_offset(r, port.cols, port.rows, port.taps) : r * port.cols);
-                    const int64_t stride = packed ? packed_stride(r, port.rows, port.taps) : 1;
-                    const int64_t stop = port.cols < c0 + kLane ? port.cols : c0 + kLane;
-                    float* out = dst + r * port.cols;
-                    for (int64_t c = c0; c < stop; ++c) {
-                        float& to_c = out[packed_input(c, port.cols, port.taps)];
-                        to_c = add ? to_c + row[c * stride] : row[c * stride];
-                    }
-                }
-    }
-}
-
-struct alignas(64) Counter {  // threads that count different things do not share a line
-    std::atomic<int64_t> value{0};
-};
-
-// One meta-iteration half, as seen by thread `me` of `n`. Everything that crosses threads lies behind a barrier, or
-// behind a counter of the chunks that are done.
-struct Shared {
-    const Plan& plan;
-    const Run& run;
-    const Tier& tier;
-    Shape shape{};
-    std::vector<std::unique_ptr<Barrier>> teams{};
-    std::unique_ptr<Barrier> all{};
-    std::vector<Counter> counters{};  // what the next three point into
-    Counter* taken = nullptr;         // chunks of each team's share
-    Counter* current = nullptr;       // the chunk that each team works on
-    Counter* arrived = nullptr;       // by right half: halves of a sum that are complete
-    std::atomic<bool> finite{true};
-    std::atomic<bool> ready{false};   // a small Plan: packed, the others may begin
-    bool small = false;               // see is_small
-    std::atomic<bool> summed{false};  // a small Plan: all chunks, into the first
-    std::atomic<bool> bad{false};
-    std::atomic<bool> again{false};  // a batch phase found tasks whose own share of a sum is not finite
-};
-
-// Which tasks' own share of a sum over all tasks is not finite: each is made alone, in the place of the sum.
-static void find_bad_tasks(Shared& s, const Instruction& in, const Worker& w, const int64_t* offsets, int me, int n) {
-    const int64_t floats = packed_floats(in.sizes[0], in.sizes[1]), begin = floats * me / n,
-                  end = floats * (me + 1) / n;
-    for (int64_t t = 0; t < s.run.tasks; ++t) {
-        if (!s.run.finite[t]) continue;  // the same for all threads: changed behind a barrier alone
-        Call c = prepare_call(in, w, 0, offsets[t], offsets[t + 1] - offsets[t], offsets[s.run.tasks]);
-        c.first = c.last = true;
-        s.tier.table[in.kernel](c);
-        s.all->wait();
-        if (c.f(2) && !all_finite(c.f(2) + begin, end - begin)) s.bad.store(true);
-        s.all->wait();
-        if (me == 0 && s.bad.exchange(false)) {
-            s.run.finite[t] = false;
-            s.again.store(true);
-        }
-        s.all->wait();
-    }
-}
-
-// Rows of all tasks that a kernel of a batch phase takes at once. It walks them for each of its tiles, so they stay in
-// a cache of the second level.
-static int64_t rows_in_cache(const Instruction& in, const Plan& plan) {
-    constexpr int64_t kBytes = 1 << 20;
-    int64_t row = 1;
-    for (int i = 0; i < in.n_operands; ++i) row += plan.operands[in.operands + i].advance;
-    return row < kBytes / 64 ? kBytes / row : 64;
-}
-
-// A batch phase: row kernels take a share of the rows of all tasks; sums take a share of their output, over the rows of
-// all finite tasks.
-static void run_batch(Shared& s, const Phase& phase, int me, int n) {
-    Barrier alone(1);
-    Worker w{&s.plan, &s.run, &s.tier, Task{}, &alone, 0, 1, {nullptr, s.run.meta, nullptr}};
-    w.base.resize(kFirstTaskBase + s.plan.task_buffers.size());
-    begin_task(w, 0);
-    for (const Group& group : phase.groups) {
-        const int64_t* offsets = group.rows == Rows::kSupport ? s.run.support_rows : s.run.query_rows;
-        const int64_t total = offsets[s.run.tasks];
-        for (const Instruction& in : group.instructions) {
-            const int64_t most = rows_in_cache(in, s.plan);
-            if (in.sums) {
-                w.part = me, w.parts = n;
-                if (s.run.careful && !s.run.exclude) find_bad_tasks(s, in, w, offsets, me, n);
-                bool first = true;
-                for (int64_t t = 0; t <= s.run.tasks; ++t) {
-                    const int64_t begin = t;
-                    while (t < s.run.tasks && s.run.finite[t]) ++t;
-                    if (t == begin && !(first && t == s.run.tasks))
-                        continue;  // a task left out; with none at all the sum is zero
-                    int64_t row = offsets[begin];
-                    do {
-                        const int64_t left = offsets[t] - row;
-                        Call c = prepare_call(in, w, 0, row, left < most ? left : most, total);
-                        c.first = first, c.last = true;
-                        s.tier.table[in.kernel](c);
-                        first = false;
-                        row += most;
-                    } while (row < offsets[t]);
-                }
-                w.part = 0, w.parts = 1;
-            } else {
-                const int64_t begin = total * me / n, end = total * (me + 1) / n;
-                for (int64_t row = begin; row < end; row += most)
-                    s.tier.table[in.kernel](prepare_call(in, w, 0, row, end - row < most ? end - row : most, total));
-            }
-            s.all->wait();
-            if (in.sums) {
-                const float* out = prepare_call(in, w, 0, 0, 0, 0).f(2);
-                const int64_t floats = packed_floats(in.sizes[0], in.sizes[1]), begin = floats * me / n;
-                if (out && !all_finite(out + begin, floats * (me + 1) / n - begin)) s.finite.store(false);
-            }
-        }
-    }
 }
 
 // The phases outside the tasks: before them, or after.
@@ -488,16 +221,6 @@ static void run_thread(Shared& s, int me, int n) {
     s.all->wait();
     run_outside(s, true, me, n);
     deliver(s, me, n);
-}
-
-template <class F>
-static void spin_until(F done) {
-    for (int spins = 0; !done(); ++spins) {
-        if (spins > 2048) sched_yield();
-#ifdef FASTMAML_X86
-        __builtin_ia32_pause();
-#endif
-    }
 }
 
 // A Plan whose weights are small: the first thread does all that is not a task, and waits for nobody to wake up; the
