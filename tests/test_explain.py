@@ -78,7 +78,7 @@ def test_compulsory_bytes() -> None:
 
 
 # Products of one row in MFLOP: forward, gradient, Hessian-vector product. The last network's activations are more than one step keeps
-# (sweep.KEPT_BYTES), so its HVP makes them again.
+# (frame.KEPT_BYTES), so its HVP makes them again.
 PER_IMAGE = {
     "sinusoid": (lambda: MAML(nets.SinusoidMLP(), loss="mse"), line(2, 3, 4), (0.00336, 0.0100, 0.01984)),
     "conv4, stride 2": (lambda: MAML(nets.CbfinnOmniglot()), images(2, 5), (5.31, 15.7, 30.98)),

@@ -1,0 +1,84 @@
+"""Forward over the inner steps: the prologue, and at each step the gradient on the support rows and the update."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastmaml.plan import rollback
+from fastmaml.plan.dependence import differentiable_values
+from fastmaml.plan.differentiate import backward, forward
+from fastmaml.plan.frame import Frame
+from fastmaml.plan.instructions import Instruction, Ref
+from fastmaml.plan.passes import Pass
+
+
+class Inner(Frame):
+    """prologue, gradient, update."""
+
+    def _prologue(self) -> None:
+        self.meta = self._pass("meta", self.ops["meta"], "query")
+        forward(self.meta)
+        self.segments["prologue_meta"] = self._take(self.meta)
+        self.segments["prologue"] = []
+        if self.outer_extent == "joint" and self.a.entry != "adapt":
+            self._buffer("x.joint", self.program.values[self.program.input].shape, "joint", home="run")
+            join = Instruction("join_rows_fwd", (Ref("x.support"), Ref("x.query")), (Ref("x.joint"),))
+            self.segments["prologue"].append(join)
+        self.segments["prologue_batch"] = []
+        if self.ops["task"]:
+            extents = ["support"] * (self.steps > 0) + [self.outer_extent] * (self.a.entry != "adapt")
+            for extent in extents:
+                self.prefix[extent] = self._prefix_pass(extent)
+        for leaf in self.adapted:
+            if self._is_factor(leaf):
+                self.segments["prologue"].append(Instruction("zero_fwd", (), (Ref(f"theta.{leaf.name}"),)))
+            elif leaf.name in self.in_place:
+                self.segments["prologue"].append(Instruction("copy_fwd", (Ref(leaf.name),), (Ref(f"theta.{leaf.name}"),)))
+        differentiable = differentiable_values(self.program)
+        self.zeta = [v for v in self._consumed(self.ops["step"], ("meta", "task")) if v in differentiable]
+
+    def _prefix_pass(self, extent: str) -> Pass:
+        """The layers that no adapted leaf reaches, over one extent. Linear maps of the samples run for all tasks together."""
+        p = self._pass(f"prologue.{extent}", self.ops["task"], extent)
+        p.support_data = Ref("x.support")  # a factored layer reads the samples themselves, in whatever shape
+        forward(p)
+        self.together.setdefault(extent, {f"x.{extent}"} if extent != "joint" else set())
+        for instr in self._take(p):
+            rows = [ref.buffer for ref in instr.reads() if self.buffers[ref.buffer].rows]
+            batch = instr.kernel in ("linear_fwd", "reshape_fwd") and all(name in self.together[extent] for name in rows)
+            if batch:
+                self.together[extent].update(ref.buffer for ref in instr.writes())
+            self.segments["prologue_batch" if batch else "prologue"].append(instr)
+        return p
+
+    def _gradient(self) -> None:
+        p = self._pass("gradient", self.ops["step"], "support")
+        p.keep_steps = self.steps if self.second_order or self.a.record_masks else 0
+        p.keep_values = self.keeps_values
+        p.want(leaf.value for leaf in self.adapted)
+        forward(p)
+        logits = p.value[self.program.output]
+        loss = self._buffer("loss.support", home="task", steps=self.steps)
+        self.results["loss.support"] = None
+        operands = (logits, Ref("y.support"), self._class_weight())
+        p.emit(f"{self.a.loss.name}_fwd", operands, (loss, None), **self._loss_attrs())
+        p.add_bar(self.program.output, lambda d: p.emit(f"{self.a.loss.name}_bwd", (*operands, None), (d,), **self._loss_attrs()))
+        backward(p)
+        keep = self._keeps_gradient()
+        for leaf in self.adapted:
+            steps = self.steps if keep else 0
+            g = self._buffer(f"g.{leaf.name}", self.program.values[leaf.value].shape, self._rows(leaf), home="run", steps=steps)
+            p.place(p.bar.get(leaf.value), g)
+        self.gradient = p
+        self.deltas = {v: p.bar[op.output] for v, op in self.rolled.items()}
+        self.kept_inputs = {v: p.value[v] for v in rollback.inputs_to_keep(self.program, self.rolled)}
+        for ref in (*self.deltas.values(), *self.kept_inputs.values()):
+            self.buffers[ref.buffer] = replace(self.buffers[ref.buffer], home="run", steps=self.steps)
+        self.segments["gradient"] = self._take(p)
+
+    def _update(self) -> None:
+        update = []
+        for leaf in self.adapted:
+            inputs = (self._theta(leaf.name), Ref(f"g.{leaf.name}"), Ref(self.a.rates[leaf.name].name))
+            update.append(Instruction("sgd_fwd", inputs, (self._theta(leaf.name, 1),)))
+        self.segments["update"] = update
