@@ -6,7 +6,7 @@
 """
 
 from fastmaml import executors as _executors
-from fastmaml import functional, nn, tasks
+from fastmaml import functional, methods, nn, parameterisation, tasks
 from fastmaml.adapted import AdaptedModel
 from fastmaml.batch import TaskBatch
 from fastmaml.executors import BackendError
@@ -24,7 +24,9 @@ __all__ = [
     "TaskBatch",
     "TraceError",
     "functional",
+    "methods",
     "nn",
+    "parameterisation",
     "tasks",
     "trace",
 ]

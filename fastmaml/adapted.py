@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from fastmaml.batch import TaskBatch
 from fastmaml.engine import Runner
 from fastmaml.executors.call import Call
+from fastmaml.executors.evaluate import evaluate
 
 
 class AdaptedModel:
-    """``adapted(x)`` -> logits; ``adapted.module(t)`` -> a plain nn.Module; ``adapted.weights`` {name: [tasks, *shape]}.
+    """``adapted(x)`` -> logits; ``adapted.module(t)`` -> a plain nn.Module; ``adapted.weights`` {name: [tasks, *shape]}, of what the inner loop changed.
 
     support_losses [tasks, inner_steps]: inner losses before each step. Nothing here carries gradient.
     """
@@ -60,15 +61,25 @@ class AdaptedModel:
         return list(x)
 
     def module(self, t: int) -> nn.Module:
-        """A copy of the user's module with the weights of task ``t``."""
+        """A copy of the user's module with the weights of task ``t``, as its parameterisation makes them: expressions are evaluated, scales and shifts
+        folded into their layers. Raises NotImplementedError where a plain module of this kind cannot have them."""
         if not -len(self) <= t < len(self):
             raise IndexError(f"task {t} of {len(self)}")
+        found = self._predict.rewritten
+        if found.unfolded is not None:
+            raise NotImplementedError(f"adapted.module(t): {found.unfolded}. adapted(x) gives its outputs.")
+        own = self._predict.own
+        leaves = {**{n: w[t] for n, w in self.weights.items()}, **{n: v[t] if n in own else v for n, v in self._others.items()}}
+        made = evaluate(found.everything, leaves, found.weights.values())
         module = copy.deepcopy(self._predict.view.model)
         parameters = dict(module.named_parameters())
         with torch.no_grad():
-            for name, value in {**{n: w[t] for n, w in self.weights.items()}, **self._others}.items():
+            for name, value in {**leaves, **dict(zip(found.weights, made, strict=True))}.items():
                 if name in parameters:
                     parameters[name].copy_(value)
+                elif name in found.weights:  # a bias that the layer had not
+                    layer, _, last = name.rpartition(".")
+                    setattr(module.get_submodule(layer), last, nn.Parameter(value.clone()))
         return module
 
     def __reduce__(self) -> str:

@@ -105,6 +105,8 @@ def verify(maml: Any, tasks: Any, *, repeats: int = 5) -> Verification:
     The truth runs task by task in float64: take few tasks of a large model. Nothing of the user's is changed:
     parameters, ``.grad``, buffers, random state. ``repeats``: of the timing.
     """
+    if not maml.parameterisation.is_identity or maml.parameterisation.kinds or maml.parameterisation.has_prologue:
+        raise NotImplementedError(f"verify compares with a plain loop over the model's own parameters, and knows no parameterisation {maml.parameterisation.signature}")
     batch, repeats = TaskBatch.of(tasks), options.count("repeats", repeats, 1)
     with _undisturbed(maml):
         ours, double = _copy(maml), _copy(maml).double()

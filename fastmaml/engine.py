@@ -21,12 +21,14 @@ from fastmaml.batch import TaskBatch
 from fastmaml.executors import Executor, choose
 from fastmaml.executors.call import Results
 from fastmaml.executors.opaque import opaque_program, turn
-from fastmaml.plan import Arrangement, Plan, build_plan
+from fastmaml.parameterisation import Rewritten, rewritten
+from fastmaml.plan import Arrangement, Plan, Rate, build_plan
 from fastmaml.program import Loss, Program
 from fastmaml.rates import InnerRates
 from fastmaml.trace import TraceError, trace
 from fastmaml.watch import ModelView
 
+TASK_RATE = "rate."  # the rate of an adapted leaf <name> that each task has for itself is called rate.<name>
 PLANS = 32  # kept per object; the oldest goes first
 PACKAGE, TORCH = (str(Path(file).parent) for file in (__file__, torch.__file__))
 
@@ -55,24 +57,32 @@ def support_bucket(sizes: tuple[int, ...]) -> int:
 class Runner:
     """A Plan on its executor, with what every call of it needs, looked up once.
 
-    leaves     the model's parameters that the Program reads, by name; ``buffers``: names of its buffers that it reads
-    gradients  (name of the result, name of the parameter or rate) of every gradient that the Plan computes
+    leaves     the parameters that the Program reads, by name; ``buffers``: names of the model's buffers that it reads
+    own        names of the leaves, and rates, of each task: the prologue gives them
+    gradients  (name of the result, name of the parameter or rate) of every gradient that the Plan computes, but of each task's own
     """
 
-    def __init__(self, view: ModelView, program: Program, executor: Executor) -> None:
-        self.view, self.program, self.executor, self.plan = view, program, executor, executor.plan
-        self.opaque = program.ops[-1].name == "module"
+    def __init__(self, view: ModelView, rewritten: Rewritten, rates: Mapping[str, Rate], executor: Executor) -> None:
+        self.view, self.rewritten, self.program = view, rewritten, rewritten.program
+        self.executor, self.plan, program = executor, executor.plan, rewritten.program
+        self.given_rates = rates
+        self.opaque = any(op.name == "module" for op in program.ops)
         self.output = program.values[program.output].shape
-        self.leaves = {leaf.name: view.parameters[leaf.name] for leaf in program.leaves if leaf.name in view.parameters}
-        self.buffers = [leaf.name for leaf in program.leaves if leaf.name not in view.parameters]
-        self.gradients = [(name, name.removeprefix("grad.")) for name in self.plan.results if name.startswith("grad.")]
+        self.own = {leaf.name for leaf in program.leaves if leaf.home == "task"}
+        self.own |= {n for n in self.plan.inputs if self.plan.buffers[n].home == "task" and n.startswith(TASK_RATE)}
+        self.constants = {name: make(view.like.detach()) for name, make in rewritten.constants.items()}
+        read = [leaf.name for leaf in program.leaves if leaf.name not in self.own and leaf.name not in self.constants]
+        self.leaves = {name: view.parameters[name] for name in read if name in view.parameters}
+        self.buffers = [name for name in read if name not in view.parameters]
+        found = [(name, name.removeprefix("grad.")) for name in self.plan.results if name.startswith("grad.")]
+        self.gradients = [(key, name) for key, name in found if name not in self.own]
 
     def leaf_values(self, given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """Of one call: the model's own, or ``given`` in their place."""
         leaves = self.leaves if given is None else {name: given[name] for name in self.leaves}
-        if not self.buffers:
+        if not self.buffers and not self.constants:
             return leaves
-        return {**leaves, **{name: self.view.model.get_buffer(name) for name in self.buffers}}
+        return {**leaves, **self.constants, **{name: self.view.model.get_buffer(name) for name in self.buffers}}
 
 
 class Engine:
@@ -81,7 +91,7 @@ class Engine:
     def __init__(self, owner: Mapping[str, nn.Module | None], adapt: str | list[str], rates: InnerRates) -> None:
         self.owner, self.adapt, self.rates = owner, adapt, rates
         self._view: ModelView | None = None
-        self._programs: dict[Any, Program] = {}
+        self._programs: dict[Any, Rewritten] = {}
         self._runners: dict[Any, Runner] = {}
         self._warned: set[str] = set()
         self.ran: str | None = None  # name of the executor that ran last
@@ -95,7 +105,7 @@ class Engine:
             view = self._view
             if view is not None and self.owner["model"] is view.model and view.holds():
                 return view
-            view = ModelView(self.owner["model"], self.adapt)
+            view = ModelView(self.owner["model"], self.adapt, self.owner["parameterisation"])
             self.rates.bind({name: view.parameters[name] for name in view.adapted})
             self._programs, self._runners, self._view = {}, {}, view
             return view
@@ -107,23 +117,24 @@ class Engine:
         if found is not None and found.view is view:
             return found
         with turn:
-            program = self.program(view, batch.support_x, spec)
-            rates, query_from = self.rates.rates, spec.query_from
-            memory = "constant" if program.ops[-1].name == "module" else spec.memory  # nobody but torch knows a module's activations
+            found = self.program(view, batch.support_x, spec)
+            program, query_from = found.program, spec.query_from
+            rates = view.parameterisation.task_rates(self.rates.rates)
+            memory = "constant" if any(op.name == "module" for op in program.ops) else spec.memory  # nobody but torch knows a module's activations
             a = Arrangement(spec.steps, spec.loss, rates, spec.first_order, spec.entry, query_from, memory, spec.record, spec.support_rows)
             plan = build_plan(_adapted_as_given(program) if spec.entry == "predict" else program, a)
             _check_plan(plan, program)
-            runner = Runner(view, program, choose(spec.backend, plan, view.like.dtype, view.like.device))
+            runner = Runner(view, found, self.rates.rates, choose(spec.backend, plan, view.like.dtype, view.like.device))
             self._runners[key] = runner
             while len(self._runners) > PLANS:
                 del self._runners[next(iter(self._runners))]
             return runner
 
-    def program(self, view: ModelView, sample: Tensor, spec: Spec) -> Program:
-        """The model as a Program; one opaque op where it cannot be traced."""
+    def program(self, view: ModelView, sample: Tensor, spec: Spec) -> Rewritten:
+        """The model as a Program, rewritten by its parameterisation; one opaque op where it cannot be traced."""
         key = (view, sample.shape[1:], spec.batchnorm, spec.backend)
         if key not in self._programs:
-            self._programs[key] = self._trace(view, sample, spec).with_roles(view.role)
+            self._programs[key] = rewritten(view.parameterisation, self._trace(view, sample, spec), view.kinds)
         return self._programs[key]
 
     def _trace(self, view: ModelView, sample: Tensor, spec: Spec) -> Program:
@@ -148,13 +159,13 @@ def _check_plan(plan: Plan, program: Program) -> None:
     for leaf in program.leaves:
         if leaf.name in written:
             raise ValueError(f"the parameter {leaf.name!r} of the model has a name that fastmaml uses in its Plans: rename it, or its module")
-        if plan.reductions and leaf.role != "const" and f"grad.{leaf.name}" not in plan.results:
+        if plan.reductions and leaf.role != "const" and leaf.learned and f"grad.{leaf.name}" not in plan.results:
             raise NotImplementedError(f"the Plan of this model has no gradient of {leaf.name!r}: use backend='autograd', and please report the model")
 
 
 def _adapted_as_given(program: Program) -> Program:
     """The adapted leaves hold one value per task, and nothing is trained."""
-    leaves = (replace(leaf, role="const", home="task" if leaf.role == "adapted" else "meta") for leaf in program.leaves)
+    leaves = (replace(leaf, role="const", home="task" if leaf.role == "adapted" else leaf.home) for leaf in program.leaves)
     return replace(program, leaves=tuple(leaves))
 
 

@@ -42,6 +42,8 @@ def _prepared(model: nn.Module, options: dict[str, Any]) -> tuple[MAML, dict[str
     """A MAML object with these options, and the settings of its call."""
     if options.get("learn_inner_lr"):
         raise ValueError("learn_inner_lr=True needs an object that holds the rates: use fastmaml.MAML")
+    if not isinstance(options.get("parameterisation", "full"), str):
+        raise ValueError("a parameterisation may have parameters of its own, and needs an object that holds them: use fastmaml.MAML (here only its names, such as 'anil')")
     settings = {name: options.get(name, value) for name, value in PER_CALL.items()}
     constant = tuple(sorted((name, _key(value)) for name, value in options.items() if name not in PER_CALL))
     key = (id(model), _form(settings["inner_lr"]), constant)

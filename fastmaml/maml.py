@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml import options
+from fastmaml import parameterisation as families
 from fastmaml.adapted import AdaptedModel
 from fastmaml.autograd import MetaLoss, OuterLogits
 from fastmaml.batch import TaskBatch
-from fastmaml.engine import Runner, Spec, support_bucket, warn_user, without_autocast
+from fastmaml.engine import TASK_RATE, Runner, Spec, support_bucket, warn_user, without_autocast
 from fastmaml.executors import BACKENDS, Executor
 from fastmaml.executors.call import Call, Results
 from fastmaml.output import MetaOutput, NonFiniteError, correct_of, gradient_of, per_task
 from fastmaml.program import CLASS_WEIGHT
+from fastmaml.prologue import Prologue
 from fastmaml.rates import InnerRates
 from fastmaml.state import Trained
+from fastmaml.watch import ModelView
 
 
 class Ran(NamedTuple):
@@ -28,6 +31,7 @@ class Ran(NamedTuple):
     call: Call
     results: Results
     parameters: Mapping[str, Tensor]
+    prologue: Prologue | None
 
 
 class MAML(Trained):
@@ -42,6 +46,7 @@ class MAML(Trained):
     learn_inner_lr      make the rates parameters (Meta-SGD, LSLR), in the shape in which inner_lr is given
     step_loss_weights   multi-step loss (MAML++): one weight per inner step, or one more in front for the loss before it
     batchnorm           "batch" (the default: statistics of each batch, query included) | "support" | "running"
+    parameterisation    "full" | "anil" | "boil" | "head_only" | an object of ``fastmaml.parameterisation``: see ``fastmaml.methods``
     memory              "constant" (of one inner step alone up to 8 MB of activations per task in flight are kept) | "fast" (keeps those of all steps)
     backend             "auto" | "cpu" | "torch" | "autograd"; asked for by name it runs there or raises
     on_nonfinite        "raise" | "skip" tasks whose loss or gradient is not finite
@@ -62,7 +67,7 @@ class MAML(Trained):
         learn_inner_lr: bool = False,
         step_loss_weights: Any = None,
         batchnorm: str | None = None,
-        parameterisation: str = "full",
+        parameterisation: str | families.Parameterisation = "full",
         precision: str = "high",
         memory: str = "constant",
         backend: str = "auto",
@@ -74,14 +79,14 @@ class MAML(Trained):
         self.loss, self.class_weight = options.parse_loss(loss, reduction)
         self.first_order = options.flag("first_order", first_order)
         self.adapt_patterns = adapt
-        parameters = dict(model.named_parameters())
-        adapted = {name: parameters[name] for name in options.adapted_names(model, adapt)}
-        self.rates = InnerRates(inner_lr, adapted, options.flag("learn_inner_lr", learn_inner_lr))
+        self.parameterisation = families.made(parameterisation)
+        self.parameterisation.start(model, adapt)
+        view = ModelView(model, adapt, self.parameterisation)
+        self.rates = InnerRates(inner_lr, {name: view.parameters[name] for name in view.adapted}, options.flag("learn_inner_lr", learn_inner_lr))
         self.rates.check_steps(self.inner_steps)
         self.step_loss_weights = step_loss_weights
         options.check_step_weights(step_loss_weights, self.inner_steps)
         self.batchnorm = None if batchnorm is None else options.one_of("batchnorm", batchnorm, options.BATCHNORM)
-        self.parameterisation = options.one_of("parameterisation", parameterisation, options.PARAMETERISATIONS)
         self.precision = options.one_of("precision", precision, options.PRECISIONS)
         self.memory = options.one_of("memory", memory, options.MEMORY)
         self.backend = options.one_of("backend", backend, BACKENDS)
@@ -102,14 +107,16 @@ class MAML(Trained):
         inner_lr: Any = None,
         batchnorm: str | None = None,
         task_weights: Any = None,
+        task_seeds: Any = None,
         outer_loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> MetaOutput:
         """One meta-iteration on ``tasks`` (a TaskBatch, a 4-tuple, a list of tasks, a torchmeta batch). ``out.loss.backward()`` gives the meta-gradient.
 
         outer_loss: fn(logits, query_y) -> scalar, any torch function; logits and query_y [tasks, n_query, ...], or tuples of one tensor per task where
         tasks differ in size.
+        task_seeds: [tasks] whole numbers, for parameterisations that draw noise for each task (MT-net's masks); else they come from torch's generator.
         """
-        settings = {"inner_steps": inner_steps, "inner_lr": inner_lr, "batchnorm": batchnorm, "task_weights": task_weights}
+        settings = {"inner_steps": inner_steps, "inner_lr": inner_lr, "batchnorm": batchnorm, "task_weights": task_weights, "task_seeds": task_seeds}
         return self._call(tasks, settings, outer_loss, None)
 
     def meta_grad(
@@ -120,10 +127,11 @@ class MAML(Trained):
         inner_lr: Any = None,
         batchnorm: str | None = None,
         task_weights: Any = None,
+        task_seeds: Any = None,
         outer_loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> MetaOutput:
         """As ``maml(tasks)`` and ``out.loss.backward()``, without autograd's overhead: adds to ``.grad`` directly, so that hooks on parameters do not run."""
-        settings = {"inner_steps": inner_steps, "inner_lr": inner_lr, "batchnorm": batchnorm, "task_weights": task_weights}
+        settings = {"inner_steps": inner_steps, "inner_lr": inner_lr, "batchnorm": batchnorm, "task_weights": task_weights, "task_seeds": task_seeds}
         if outer_loss is not None:
             with torch.enable_grad():
                 out = self._call(tasks, settings, outer_loss, None)
@@ -131,8 +139,7 @@ class MAML(Trained):
             return out
         ran = self._run(tasks, "train", sinks=True, **settings)
         if not ran.call.sinks:
-            for key, p in self._trained(ran):
-                g = gradient_of(ran.results, key, p)
+            for p, g in self._gradients(ran, ran.results):
                 if g is not None:
                     p.grad = g if p.grad is None else p.grad.add_(g)
         return MetaOutput(ran.call, ran.results)
@@ -146,6 +153,7 @@ class MAML(Trained):
         inner_lr: Any = None,
         batchnorm: str | None = None,
         ways: Any = None,
+        task_seeds: Any = None,
     ) -> AdaptedModel:
         """The networks after the inner loop, without gradients. support_x [tasks, n, ...], support_y [tasks, n]; lists of one tensor per task where
         tasks differ in size; or a TaskBatch (its support rows).
@@ -153,7 +161,7 @@ class MAML(Trained):
         ``adapted(x)`` gives logits [tasks, n, ...], ``adapted.module(t)`` a plain nn.Module for task t.
         """
         batch = options.support_batch(support_x, support_y, ways)
-        return self._adapt(batch, {"inner_steps": inner_steps, "inner_lr": inner_lr, "batchnorm": batchnorm}, None)
+        return self._adapt(batch, {"inner_steps": inner_steps, "inner_lr": inner_lr, "batchnorm": batchnorm, "task_seeds": task_seeds}, None)
 
     def verify(self, tasks: Any, **kwargs: Any) -> Any:
         """Agreement with float64 autograd on the user's own model, mask flips, both times. See ``fastmaml.diagnostics.verify``."""
@@ -178,7 +186,15 @@ class MAML(Trained):
         batch = TaskBatch.of(tasks)
         executor = self._executor(batch, inner_steps, batchnorm, entry)
         in_flight = torch.get_num_threads() if executor.name == "cpu" else len(batch)
-        return explain(executor.plan, batch, **machine.peaks(), in_flight=in_flight, laid_out=executor.memory(batch) if executor.name == "cpu" else None)
+        head = f"parameterisation {self.parameterisation.signature}: {self._describe()}\n"
+        return head + explain(executor.plan, batch, **machine.peaks(), in_flight=in_flight, laid_out=executor.memory(batch) if executor.name == "cpu" else None)
+
+    def _describe(self) -> str:
+        """What is adapted, what is outer-learned only, what is constant."""
+        kinds = self._engine.view().kinds
+        found = {role: [name for name, kind in kinds.items() if kind.role == role] for role in ("adapted", "outer", "const")}
+        words = {"adapted": "adapted", "outer": "outer-learned only", "const": "constant"}
+        return "; ".join(f"{words[role]}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}" for role, names in found.items() if names)
 
     def _executor(self, batch: TaskBatch, inner_steps: Any, batchnorm: Any, entry: str) -> Executor:
         spec = self._spec(entry, inner_steps, batchnorm, batch)[0]
@@ -204,6 +220,7 @@ class MAML(Trained):
         inner_lr: Any = None,
         batchnorm: Any = None,
         task_weights: Any = None,
+        task_seeds: Any = None,
         given: Mapping[str, Tensor] | None = None,
         sinks: bool = False,
         record: bool = False,
@@ -221,13 +238,18 @@ class MAML(Trained):
         rates = self.rates.at(spec.steps, inner_lr, view)
         numbers = self._numbers(step_weights, runner)
         strict = self.on_nonfinite == "raise"
-        call = Call(batch, runner.leaf_values(given), rates, numbers, weights, entry == "halves", replay or {}, record, strict)
-        if sinks:
+        leaves, prologue = runner.leaf_values(given), None
+        if runner.own:
+            seeds = options.task_seeds(task_seeds, len(batch))
+            prologue = Prologue(runner, batch, leaves, rates, seeds, entry in ("train", "halves"))
+            leaves = {**leaves, **prologue.leaves}
+        call = Call(batch, leaves, rates, numbers, weights, entry == "halves", replay or {}, record, strict)
+        if sinks and prologue is None:
             call.sinks = self._sinks(runner)
         results = without_autocast(view.like.device, runner.executor.forward, call)
         self._engine.ran = results.executor
         self._check_finite(results)
-        return Ran(runner, call, results, view.parameters if given is None else given)
+        return Ran(runner, call, results, view.parameters if given is None else given, prologue)
 
     def _numbers(self, step_weights: list[float] | None, runner: Runner) -> dict[str, Tensor]:
         out, like = {}, runner.view.like
@@ -254,7 +276,19 @@ class MAML(Trained):
         """(name of its gradient, parameter or rate) of what is trained."""
         given, rates = ran.parameters, self.rates.values
         named = [(key, given[name] if name in given else rates[name]) for key, name in ran.runner.gradients]
+        if ran.prologue is not None:  # it may reach any of them
+            known = {name for _, name in ran.runner.gradients}
+            named += [(f"grad.{name}", p) for name, p in {**given, **dict(self.rates.learned())}.items() if name not in known]
         return [(key, p) for key, p in named if p.requires_grad]
+
+    def _gradients(self, ran: Ran, results: Results) -> list[tuple[Tensor, Tensor | None]]:
+        """(parameter or rate, its gradient) of what is trained; None where torch would give none."""
+        trained = self._trained(ran)
+        found = [(p, gradient_of(results, key, p)) for key, p in trained]
+        if ran.prologue is None:
+            return found
+        more = ran.prologue.pull_back(results, ran.call, [p for _, p in trained])
+        return [(p, h if g is None else g if h is None else g + h) for (p, g), h in zip(found, more, strict=True)]
 
     def _check_finite(self, results: Results) -> None:
         if not results.all_finite:
@@ -270,8 +304,7 @@ class MAML(Trained):
             return self._call_outer(tasks, settings, outer_loss, given, grad)
         ran = self._run(tasks, "train" if grad else "evaluate", given=given, **settings)
         out = MetaOutput(ran.call, ran.results)
-        trained = self._trained(ran) if grad else ()
-        pairs = [(p, g) for key, p in trained if (g := gradient_of(ran.results, key, p)) is not None]
+        pairs = [(p, g) for p, g in self._gradients(ran, ran.results) if g is not None] if grad else []
         if pairs:
             parameters, gradients = zip(*pairs, strict=True)
             out.loss, out.parameters = MetaLoss.apply((out.loss,), gradients, *parameters), parameters
@@ -294,7 +327,7 @@ class MAML(Trained):
             split = list(dlogits.split(list(batch.query_sizes)))
             results = without_autocast(dlogits.device, ran.runner.executor.reverse, ran.results.state, split)
             self._check_finite(results)
-            return [gradient_of(results, key, p) for key, p in trained]
+            return [g for _, g in self._gradients(ran, results)]
 
         logits = OuterLogits.apply((out.joined_logits,), reverse, *parameters) if parameters else out.joined_logits
         loss = outer_loss(per_task(logits, batch.query_sizes), per_task(batch.query_y, batch.query_sizes))
@@ -314,5 +347,5 @@ class MAML(Trained):
         if support_losses is None:
             support_losses = torch.zeros(len(batch), 0).to(view.like)
         weights = {name: values[f"adapted.{name}"] for name in view.adapted if f"adapted.{name}" in values}
-        others = {name: v.detach().clone() for name, v in ran.call.leaves.items() if name not in weights}
+        others = {name: v.detach().clone() for name, v in ran.call.leaves.items() if name not in weights and not name.startswith(TASK_RATE)}
         return AdaptedModel(predict, weights, others, batch, support_losses)

@@ -17,7 +17,6 @@ BATCHNORM = ("batch", "support", "running")
 PRECISIONS = ("highest", "high", "medium")
 MEMORY = ("constant", "fast")
 NONFINITE = ("raise", "skip")
-PARAMETERISATIONS = ("full",)
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
@@ -202,6 +201,16 @@ def check_task_weights(weights: object, tasks: int) -> Tensor | None:
     if not bool(torch.isfinite(out).all()):
         raise ValueError("task_weights has a value that is not finite")
     return out
+
+
+def task_seeds(seeds: object, tasks: int) -> list[int]:
+    """One whole number per task; None: from torch's generator."""
+    if seeds is None:
+        return torch.randint(2**62, (tasks,)).tolist()
+    found = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else None
+    if found is None or len(found) != tasks or not all(isinstance(s, Integral) and not isinstance(s, bool) for s in found):
+        raise ValueError(f"task_seeds={seeds!r}: expected {tasks} whole numbers, one per task")
+    return [int(s) for s in found]
 
 
 def check_step_weights(weights: object, steps: int) -> tuple[list[float], int] | None:

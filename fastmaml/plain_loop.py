@@ -25,7 +25,8 @@ class PlainLoop:
         self.maml, self.batch, self.steps = maml, batch, maml.inner_steps
         self.model = copy.deepcopy(maml.model)
         self.parameters = dict(self.model.named_parameters())
-        self.wanted = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        trained = {name for name, _ in maml.named_parameters()}
+        self.wanted = {name: p for name, p in self.parameters.items() if p.requires_grad and name in trained}
         self.wanted |= {name: v for name, v in maml.rates.values.items() if isinstance(v, nn.Parameter)}
         self.dtype = next(iter(self.parameters.values())).dtype
         self.support_rows: int | None = None  # while query rows run behind support rows

@@ -37,6 +37,7 @@ class Leaf:
     name: str
     role: str
     home: str = "meta"  # "meta": one for all tasks; "task": one per task
+    learned: bool = True  # of an adapted leaf: whether anybody asks for the gradient of its initial value
 
 
 @dataclass(frozen=True)

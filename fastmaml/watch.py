@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from operator import attrgetter
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,19 +18,20 @@ kind = attrgetter("requires_grad", "dtype", "device", "shape")
 class ModelView:
     """``model`` as it was when it was looked at. ``holds()`` is asked at every call: its loops are in C.
 
-    parameters   by name, a tied one once, under its first name
-    adapted      names of the parameters that the inner loop changes
+    parameters   by name, a tied one once, under its first name; then the leaves that the parameterisation brings
+    kinds        what each of them is in the inner and the outer loop
+    adapted      names of those that the inner loop changes
     like         one of the parameters: dtype and device of all of them
 
     Raises ValueError or TypeError for a model that cannot be trained.
     """
 
-    def __init__(self, model: nn.Module, adapt: str | list[str]) -> None:
-        self.model = options.check_model(model)
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.adapted = options.adapted_names(model, adapt)
+    def __init__(self, model: nn.Module, adapt: str | list[str], parameterisation: Any) -> None:
+        self.model, self.parameterisation = options.check_model(model), parameterisation
+        self.parameters, self.kinds = parameterisation.looked_at(model, adapt)
+        self.adapted = [name for name, kind in self.kinds.items() if kind.role == "adapted"]
         self.like: Tensor = next(iter(self.parameters.values()))
-        self._modules, self._own = list(model.modules()), list(self.parameters.values())
+        self._modules, self._own = list(model.modules()), list(model.parameters())
         names = ("_modules", "_parameters", *HOOKS)
         self._members = [getattr(m, name).values() for m in self._modules for name in names]  # views: they show what is there now
         self._buffers = [m._buffers for m in self._modules]  # may be replaced: read anew at each call
@@ -45,10 +47,3 @@ class ModelView:
     def holds(self) -> bool:
         """Whether a trace made of this view is still one of the model."""
         return self._identities() == self._ids and self._values() == self._state
-
-    def role(self, name: str) -> str:
-        """Of the leaf of a Program."""
-        if name in self.adapted:
-            return "adapted"
-        parameter = self.parameters.get(name)
-        return "outer" if parameter is not None and parameter.requires_grad else "const"

@@ -31,9 +31,10 @@ ROOMS = (
     {"nn", "_trace", "trace", "files", "tasks", "machine", "options", "watch"},
     {"plan", "parameterisation", "rates"},
     {"executors"},
-    {"autograd", "adapted", "engine", "output", "plain_loop", "state"},
+    {"autograd", "adapted", "engine", "output", "plain_loop", "prologue", "state"},
     {"maml", "diagnostics"},
-    {"functional"},
+    {"functional", "mixture"},
+    {"methods"},
     {"training", "compat", "cli", "__main__", "__init__"},
 )
 LEVEL = {name: level for level, room in enumerate(ROOMS) for name in room}

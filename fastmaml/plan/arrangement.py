@@ -12,12 +12,13 @@ ENTRIES = ("train", "halves", "evaluate", "adapt", "predict")
 
 @dataclass(frozen=True)
 class Rate:
-    """An inner learning rate: scalar (shape ()) or per element, one for all steps or one per step, fixed or learned."""
+    """An inner learning rate: scalar (shape ()) or per element, one for all steps or one per step, fixed or learned; home "task": each task has its own."""
 
     name: str
     shape: tuple[int, ...] = ()
     per_step: bool = False
     learned: bool = False
+    home: str = "meta"
 
 
 @dataclass(frozen=True)

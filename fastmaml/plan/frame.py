@@ -82,7 +82,7 @@ class Frame:
         if self.a.loss.class_weight:
             self._buffer(CLASS_WEIGHT, self.program.values[self.program.output].shape, home="meta")
         for rate in {self.a.rates[leaf.name] for leaf in self.adapted} if self.steps else ():
-            self._buffer(rate.name, rate.shape, home="meta", steps=self.steps if rate.per_step else 0)
+            self._buffer(rate.name, rate.shape, home=rate.home, steps=self.steps if rate.per_step else 0)
         if self.a.query_from is not None:
             self._buffer("step_weights", home="meta", steps=self.steps + 1)
         self.inputs = tuple(self.buffers)

@@ -60,7 +60,7 @@ def factor_first_layers(
     if not done:
         return program, ()
     weights = {f.weight for f in done}
-    kept = tuple(replace(leaf, role="outer") if leaf.name in weights else leaf for leaf in program.leaves)
+    kept = tuple(replace(leaf, role="outer" if leaf.learned else "const") if leaf.name in weights else leaf for leaf in program.leaves)
     states = tuple(Leaf(f.state, f.weight + STATE, "adapted") for f in done)
     return replace(program, values=tuple(values), ops=tuple(ops), leaves=kept + states), tuple(done)
 

@@ -1,0 +1,155 @@
+"""modulation: an encoder of the support set says how the task's network begins, or how its layers are modulated. MMAML, HSML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmaml.parameterisation.base import Kind, Network, Parameterisation, Tasks
+from fastmaml.parameterisation.rewriter import Rewriter
+
+
+class SetEncoder(nn.Module):
+    """A support set as a vector: each row with its target through two layers, then their mean, then a layer.
+
+    x [n, ...] with ``inputs`` numbers per row, y [n] labels of ``targets`` classes or [n, targets] numbers -> [size]."""
+
+    def __init__(self, inputs: int, targets: int, size: int = 32, hidden: int = 64) -> None:
+        super().__init__()
+        self.targets, self.size = targets, size
+        self.rows = nn.Sequential(nn.Linear(inputs + targets, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+        self.out = nn.Linear(hidden, size)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = y.flatten(1) if y.is_floating_point() else nn.functional.one_hot(y.long(), self.targets)
+        return self.out(self.rows(torch.cat([x.flatten(1), y.to(x)], 1)).mean(0))
+
+
+class Encoded(Parameterisation):
+    """What has an encoder: encoder(support_x [n, ...], support_y) -> [size], an nn.Module of the user's or a ``SetEncoder``, outer-learned."""
+
+    def __init__(self, encoder: nn.Module, size: int | None = None) -> None:
+        super().__init__()
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"encoder is {type(encoder).__name__}: expected an nn.Module of (support_x [n, ...], support_y [n, ...]) -> [size]")
+        size = getattr(encoder, "size", None) if size is None else size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size={size!r}: expected the number of features that encoder(x, y) returns")
+        self.encoder, self.size = encoder, size
+
+    def embeddings(self, tasks: Tasks) -> Tensor:
+        """[tasks, size]"""
+        like = next(self.encoder.parameters())
+        out = []
+        for t in range(len(tasks)):
+            x, y = tasks.batch.task(t)[:2]
+            out.append(self.encoder(x.to(like), y.to(like) if y.is_floating_point() else y))
+        if any(tuple(e.shape) != (self.size,) for e in out):
+            raise ValueError(f"encoder returns {list(out[0].shape)} for the support set of a task: expected [{self.size}]")
+        return torch.stack(out)
+
+
+class Modulation(Encoded):
+    """MMAML (Vuorio et al. 2019): FiLM of layers, y -> (1 + gamma) y + beta, gamma and beta linear in the embedding of the task's support set and fixed
+    while the inner loop adapts what ``adapt=`` names.
+
+    layers   name pattern(s) of the weights whose layers are modulated (after the normalisation that follows, where one does); None: all but the head
+    """
+
+    name = "mmaml"
+
+    def __init__(self, encoder: nn.Module, size: int | None = None, layers: str | Sequence[str] | None = None) -> None:
+        super().__init__(encoder, size)
+        self.layers = layers
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"size": self.size, "layers": self.layers}
+
+    def declare(self, network: Network) -> None:
+        weights = network.weights()
+        head = network.head() if self.layers is None else None
+        self._names = [n for n in weights if n != head] if self.layers is None else network.matching(self.layers, "layers", list(weights))
+        self.outer_module("encoder", self.encoder)
+        self.maps = nn.ModuleList(nn.Linear(self.size, 2 * weights[n].shape[0]) for n in self._names)
+        self.outer_module("maps", self.maps)
+        for name in self._names:
+            for part in ("gamma", "beta"):
+                self.per_task(f"{part}.{name}", weights[name].shape[:1])
+
+    def rewrite(self, r: Rewriter) -> None:
+        for name in (n for n in self._names if n in r):
+            r.film(name, r.own(f"gamma.{name}"), r.own(f"beta.{name}"), after_norm=True)
+
+    def prologue(self, tasks: Tasks) -> Mapping[str, Tensor]:
+        embedded, out = self.embeddings(tasks), {}
+        for name, linear in zip(self._names, self.maps, strict=True):
+            gamma, beta = linear(embedded).chunk(2, 1)
+            out |= {f"{self.name}.gamma.{name}": 1 + gamma, f"{self.name}.beta.{name}": beta}
+        return out
+
+
+class Gated(Encoded):
+    """HSML (Yao et al. 2019): every adapted parameter begins at theta_0 * eta(task), eta = sigmoid of a linear map of the task's embedding g and of its
+    place h in a hierarchy of soft clusters; the inner loop then adapts theta.
+
+    clusters   of the two levels above the task: p_k = softmax_k(-|g - c_k|^2 / 2), h_k = p_k tanh(W_k g + b_k), and again from these to the second level,
+               whose sum goes to the root
+    The paper's reconstruction loss of the encoder is not part of this: add it to an outer loss of your own, or train the encoder by the meta-loss alone.
+    """
+
+    name = "hsml"
+
+    def __init__(self, encoder: nn.Module, size: int | None = None, clusters: tuple[int, int] = (4, 2)) -> None:
+        super().__init__(encoder, size)
+        if len(tuple(clusters)) != 2 or min(clusters) < 1:
+            raise ValueError(f"clusters={clusters!r}: expected two whole numbers of at least 1, for the two levels")
+        self.clusters = tuple(clusters)
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"size": self.size, "clusters": self.clusters}
+
+    def declare(self, network: Network) -> None:
+        self._names = network.matched
+        self.outer_module("encoder", self.encoder)
+        self.levels = nn.ModuleList(_Level(self.size, k) for k in self.clusters)
+        self.root = nn.Linear(self.size, self.size)
+        self.gates = nn.ModuleList(nn.Linear(2 * self.size, network.parameters[n].numel()) for n in self._names)
+        for name in ("levels", "root", "gates"):
+            self.outer_module(name, getattr(self, name))
+        for name in self._names:
+            self.per_task(name, network.parameters[name].shape, "adapted")
+
+    def roles(self, network: Network) -> dict[str, Kind]:
+        """theta_0 is outer-learned; what is adapted is each task's own."""
+        return {name: Kind("outer" if p.requires_grad else "const") for name, p in network.parameters.items()}
+
+    def rewrite(self, r: Rewriter) -> None:
+        for name in (n for n in self._names if n in r):
+            r.substitute(name, r.own(name))
+
+    def prologue(self, tasks: Tasks) -> Mapping[str, Tensor]:
+        g = self.embeddings(tasks)
+        h = g[:, None]
+        for level in self.levels:
+            h = level(h)
+        both, out = torch.cat([g, torch.tanh(self.root(h.sum(1)))], 1), {}
+        for name, gate in zip(self._names, self.gates, strict=True):
+            p = tasks.parameters[name]
+            out[f"{self.name}.{name}"] = p * torch.sigmoid(gate(both)).view(len(tasks), *p.shape)
+        return out
+
+
+class _Level(nn.Module):
+    """h [tasks, below, size] -> [tasks, clusters, size]: each cluster's share of what is below, through a map of its own."""
+
+    def __init__(self, size: int, clusters: int) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(clusters, size) / size**0.5)
+        self.maps = nn.ModuleList(nn.Linear(size, size) for _ in range(clusters))
+
+    def forward(self, h: Tensor) -> Tensor:
+        near = torch.softmax(-(h[:, :, None] - self.centres).square().sum(-1) / 2, 2)
+        return torch.stack([(near[:, :, k, None] * torch.tanh(linear(h))).sum(1) for k, linear in enumerate(self.maps)], 1)
