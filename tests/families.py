@@ -36,7 +36,7 @@ def truth(
     for t in range(len(batch)):
         sx, sy, qx, qy = (v.double() if v.is_floating_point() else v for v in batch.task(t))
         cut = slice(None) if batch.ways is None else slice(int(batch.ways[t]))
-        phi = {n: v if v.requires_grad else v.requires_grad_() for n, v in start(w, t).items()}
+        phi = {n: v.clone() if v.requires_grad else v.requires_grad_() for n, v in start(w, t).items()}  # no way back but through phi
         for _ in range(steps):
             grads = torch.autograd.grad(loss(forward(w, phi, sx)[:, cut], sy), list(phi.values()), create_graph=True)
             grads = [g.detach() if first_order else g for g in grads]
