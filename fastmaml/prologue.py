@@ -55,6 +55,8 @@ class Prologue:
 def _inputs(runner: Runner, parameters: Mapping[str, Tensor], batch: Any, t: int, weight: str) -> Tensor:
     """What the layer with this weight reads of the support rows of task t, at theta_0."""
     program = runner.program
+    if runner.opaque:
+        raise ValueError(f"the inputs of the layer of {weight!r} are asked for, but the model cannot be traced")
     value = program.leaf(weight).value
     layer = next((op for op in program.ops if op.name == "linear" and op.inputs[1] == value), None)
     if layer is None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import inspect
 import pickle
 from functools import partial
+from pathlib import Path
 
 import families
 import pytest
@@ -476,6 +479,27 @@ class Bare(nn.Module):
         return x @ self.w.T
 
 
+# ---------------------------------------------------------------------------------------------------------------- the user's own
+@backends
+def test_own_parameterisation(how) -> None:
+    """examples/own_parameterisation.py: W = U diag(s) V^t, s adapted. Under 40 lines, without the planner or an executor."""
+    path = Path(__file__).parent.parent / "examples" / "own_parameterisation.py"
+    spec = importlib.util.spec_from_file_location("own_parameterisation", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    maml = MAML(mlp().to(how[1]), parameterisation=example.SingularValues(), **options(how))
+    assert len(inspect.getsource(example.SingularValues).splitlines()) < 40
+
+    def forward(w, phi, x):
+        w, p = {**w, **phi}, "singular_values"
+        return families.mlp({**w, **{f"{n}.weight": w[f"{p}.U.{n}.weight"] @ w[f"{p}.s.{n}.weight"].diag() @ w[f"{p}.V.{n}.weight"] for n in "024"}}, x)
+
+    agrees(maml, classify(), forward, lambda w, t: {f"singular_values.s.{n}.weight": w[f"singular_values.s.{n}.weight"] for n in "024"})
+    if how[0] == "cpu":
+        before, after = example.main(iterations=20)
+        assert after < before
+
+
 # ---------------------------------------------------------------------------------------------------------------- what all of them do
 EVERY = {
     "layerwise": lambda: methods.ANIL(mlp(), **OPTIONS),
@@ -553,6 +577,31 @@ def test_same_gradient_on_every_arrangement(name: str) -> None:
             m.meta_grad(tasks, **seeded(m))
         assert (made.executor, double.executor) == ("cpu", "torch")
         assert families.distance(grads(made), {n: None if g is None else g for n, g in grads(double).items()}) <= 3e-6, more
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("channel", "mmaml", "proto_head")])
+def test_a_model_that_cannot_be_traced(name: str) -> None:
+    """backend="autograd": the same expressions around one opaque module."""
+    maml, tasks = EVERY[name](), classify()
+    torch.manual_seed(0)
+    for more in ({}, {"inner_steps": 1}, {"learn_inner_lr": True}):
+        traced = MAML(mlp().double(), parameterisation=again(maml.parameterisation), **{**OPTIONS, "backend": "torch", **more})
+        moved(traced)
+        opaque = copy.deepcopy(traced)
+        opaque.backend = "autograd"
+        for m in (traced, opaque):
+            m(tasks, **seeded(m)).loss.backward()
+        assert opaque.executor == "autograd"
+        assert families.distance(grads(opaque), {n: g for n, g in grads(traced).items()}) <= 1e-11, more
+        torch.testing.assert_close(opaque.adapt(*tasks[:2], **seeded(opaque))(tasks[2]), traced.adapt(*tasks[:2], **seeded(traced))(tasks[2]))
+
+
+@pytest.mark.parametrize("name", ["channel", "mmaml", "proto_head"])
+def test_what_needs_a_trace(name: str) -> None:
+    maml = EVERY[name]()
+    maml.backend = "autograd"
+    with pytest.raises(ValueError, match="cannot be traced"):
+        maml(classify())
 
 
 def again(p: Parameterisation) -> Parameterisation:

@@ -82,10 +82,13 @@ class AutogradExecutor(TorchExecutor):
             self.run_by |= {f"{loss}_bwd": self._loss_bwd, f"{loss}_jvp": self._loss_jvp, f"{loss}_bwd_jvp": self._loss_jvp}
         self.wanted: dict[str, set[int]] = {}  # by graph: which parameters some gradient of it is asked for
         self.tangent = False  # whether the loss's tangent is read
+        self.operand: dict[str, str] = {}  # leaves that the module reads as they are: the name of the parameter they stand for
         second: set[int] = set()
         for _, instr in plan.instructions():
             if instr.kernel in ("module_fwd", "module_replay"):
                 self.function: Opaque = instr.attrs["function"]
+                if instr.kernel == "module_fwd":
+                    self.operand |= {ref.buffer.removeprefix("theta."): name for ref, name in zip(instr.inputs[1:], instr.attrs["leaves"], strict=True)}
             elif instr.kernel.startswith("module_"):
                 refs = [*instr.inputs[2:], *instr.outputs[1:]] if instr.kernel == "module_jvp" else instr.outputs
                 wanted = {i % len(instr.attrs["leaves"]) for i, ref in enumerate(refs) if ref is not None}
@@ -122,7 +125,7 @@ class AutogradExecutor(TorchExecutor):
         used = set().union(*(task.env.get(USED, ()) for task in tasks))
         for name in [n for n in results.values if isinstance(n, str) and n.startswith("grad.")]:
             leaf = name.removeprefix("grad.")
-            if leaf not in used and leaf in call.leaves:
+            if leaf in self.operand and self.operand[leaf] not in used and leaf in call.leaves:
                 del results.values[name]  # torch gives None where nothing reads a parameter
         return results
 
@@ -203,6 +206,8 @@ class AutogradExecutor(TorchExecutor):
 
     def _module_bwd(self, task: Task, instr: Instruction, step: int, graph: Graph, dy: Tensor) -> list[Tensor | None]:
         asked = [i for i, ref in enumerate(instr.outputs) if ref is not None]
+        if graph.gradients and all(i in graph.gradients for i in asked):  # of the Hessian-vector product, which has made them
+            return self._filled(graph, {i: None if (g := graph.gradients[i]) is None else g.detach() for i in asked}, instr.outputs)
         if graph.gradients is None:
             return self._filled(graph, self._grad(task, instr, [graph.y], [dy], graph, asked), instr.outputs)
         graph.gradients = self._grad(task, instr, [graph.y], [dy], graph, asked, create_graph=True)

@@ -311,9 +311,11 @@ def _module() -> Rule:
         return out
 
     def bwd(p: Pass, op: Op) -> None:
-        if op.output in p.second:
-            return  # the HVP never reads the primal gradient
         grads = leaves(p, op, "d")
+        if op.output in p.second:  # the HVP never reads the primal gradient of a leaf, only of an expression
+            grads = [None if v in p.leaf_values else ref for v, ref in zip(op.inputs[1:], grads, strict=True)]
+            if not any(grads):
+                return
         p.emit("module_bwd", (graph(p, op), p.bar[op.output]), grads, **attrs_of(op))
         for v, ref in zip(op.inputs[1:], grads, strict=True):
             p.alias_bar(v, ref)
