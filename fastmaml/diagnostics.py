@@ -107,6 +107,8 @@ def verify(maml: Any, tasks: Any, *, repeats: int = 5) -> Verification:
     """
     if not maml.parameterisation.is_identity or maml.parameterisation.kinds or maml.parameterisation.has_prologue:
         raise NotImplementedError(f"verify compares with a plain loop over the model's own parameters, and knows no parameterisation {maml.parameterisation.signature}")
+    if maml.batchnorm == "joint":
+        raise NotImplementedError("verify compares with a plain loop, which knows no batchnorm='joint'")
     batch, repeats = TaskBatch.of(tasks), options.count("repeats", repeats, 1)
     with _undisturbed(maml):
         ours, double = _copy(maml), _copy(maml).double()

@@ -45,7 +45,8 @@ class MAML(Trained):
     adapt               name pattern(s) of the parameters that the inner loop changes; other trainable ones are outer-learned only
     learn_inner_lr      make the rates parameters (Meta-SGD, LSLR), in the shape in which inner_lr is given
     step_loss_weights   multi-step loss (MAML++): one weight per inner step, or one more in front for the loss before it
-    batchnorm           "batch" (the default: statistics of each batch, query included) | "support" | "running"
+    batchnorm           "batch" (the default: statistics of each batch, query included) | "support" | "running" | "joint" (of support and query rows together,
+                        for a body that is not adapted: learn2learn's ANIL; ``adapt`` has no query, and takes the support rows')
     parameterisation    "full" | "anil" | "boil" | "head_only" | an object of ``fastmaml.parameterisation``: see ``fastmaml.methods``
     memory              "constant" (of one inner step alone up to 8 MB of activations per task in flight are kept) | "fast" (keeps those of all steps)
     backend             "auto" | "cpu" | "torch" | "autograd"; asked for by name it runs there or raises

@@ -13,7 +13,7 @@ from fastmaml.batch import TaskBatch
 from fastmaml.program import Loss
 
 LOSSES = ("cross_entropy", "mse")
-BATCHNORM = ("batch", "support", "running")
+BATCHNORM = ("batch", "support", "running", "joint")
 PRECISIONS = ("highest", "high", "medium")
 MEMORY = ("constant", "fast")
 NONFINITE = ("raise", "skip")

@@ -168,7 +168,7 @@ _UNARY = OpSpec(("x",), (), _same)
 OPS: Mapping[str, OpSpec] = {
     "linear": OpSpec(("x", "w", "b?"), (), _linear),  # w [out, in]
     "conv2d": OpSpec(("x", "w", "b?"), ("stride", "padding"), _conv2d),  # padding: top, bottom, left, right
-    # statistics: "batch" | "support" | "running"; the running_* operands are given for "running" alone
+    # statistics: "batch" | "support" | "running" | "joint" (of support and query together; not in the inner loop); the running_* operands are given for "running" alone
     "batchnorm": OpSpec(("x", "gamma?", "beta?", "running_mean?", "running_var?"), ("eps", "statistics"), _same),
     "batchnorm_maxpool2d": OpSpec(  # made by plan/pooling.py alone
         ("x", "gamma?", "beta?", "running_mean?", "running_var?"),

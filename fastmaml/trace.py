@@ -32,7 +32,7 @@ SUPPORTED = (
     "Softplus, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, mean over H and W, ZeroPad2d, Flatten, view, reshape, "
     "residual add, and their functional forms"
 )
-BATCHNORM = ("batch", "support", "running")
+BATCHNORM = ("batch", "support", "running", "joint")
 _SAMPLES = 1_000_003  # a prime that no network has as a size
 
 

@@ -90,7 +90,7 @@ OPTIONS = {
     "reduction bool": (lambda: build(reduction=True), ValueError, "reduction=True"),
     "first_order": (lambda: build(first_order=1), TypeError, "first_order=1", "True or False"),
     "learn_inner_lr": (lambda: build(learn_inner_lr="yes"), TypeError, "learn_inner_lr='yes'", "True or False"),
-    "batchnorm": (lambda: build(batchnorm="train"), ValueError, "batchnorm='train'", "'batch', 'support', 'running'"),
+    "batchnorm": (lambda: build(batchnorm="train"), ValueError, "batchnorm='train'", "'batch', 'support', 'running', 'joint'"),
     "parameterisation": (lambda: build(parameterisation="lora"), ValueError, "parameterisation='lora'", "'full'"),
     "precision": (lambda: build(precision="tf32"), ValueError, "precision='tf32'", "'highest', 'high', 'medium'"),
     "memory": (lambda: build(memory="low"), ValueError, "memory='low'", "'constant', 'fast'"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import inspect
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from fastmaml.parameterisation import (
     TNet,
 )
 
-backends = pytest.mark.parametrize("how", BACKENDS, ids=str)
+backends = pytest.mark.parametrize("how", [BACKENDS[0], BACKENDS[2]], ids=["cpu", "torch"])  # in float32, in float64
 OPTIONS = {"inner_lr": 0.3, "inner_steps": 3}
 IMAGES = {"shape": (2, 6, 6), "support": 8, "query": 9}
 
@@ -113,6 +114,38 @@ def test_layerwise_by_pattern_and_constructor() -> None:
 
 def test_head_of_a_bare_layer() -> None:
     assert sorted(MAML(nn.Linear(3, 4), parameterisation="anil").adapt(*classify()[:2]).weights) == ["bias", "weight"]
+
+
+@backends
+@pytest.mark.parametrize("first_order", [False, True])
+def test_joint_statistics(how, first_order: bool) -> None:
+    """learn2learn's anil_fc100.py: features of support and query rows together, then split."""
+    maml, tasks = methods.ANIL(small_conv().to(how[1]), batchnorm="joint", first_order=first_order, **options(how)), classify(**IMAGES)
+
+    def forward(w, phi, x):
+        t, part = next((t, i) for t in range(3) for i in (0, 2) if torch.equal(tasks[i][t].double(), x))
+        rows = torch.cat([tasks[0][t], tasks[2][t]]).double()
+        eye = {"8.weight": torch.eye(45, dtype=torch.float64), "8.bias": torch.zeros(45, dtype=torch.float64)}
+        features = families.conv({**w, **eye}, rows)
+        return F.linear(features[:8] if part == 0 else features[8:], phi["8.weight"], phi["8.bias"])
+
+    loss, expected, _ = truth(maml, tasks, forward, lambda w, t: {n: w[n] for n in ("8.weight", "8.bias")}, first_order=first_order)
+    for steps in (3, 0):
+        for call in (lambda k=steps: maml(tasks, inner_steps=k).loss.backward(), lambda k=steps: maml.meta_grad(tasks, inner_steps=k)):
+            call()
+            found = grads(maml)
+            if steps:
+                assert families.distance(found, expected) <= BOUND[how[1]]
+    with torch.no_grad():
+        assert float(maml(tasks).loss) == pytest.approx(float(loss), rel=1e-5)
+    assert maml.executor == how[0]
+    assert maml.adapt(*tasks[:2])(tasks[2]).shape == (3, 9, 4)
+
+
+def test_joint_statistics_need_a_body_that_stays() -> None:
+    for wrong in (MAML(small_conv(), batchnorm="joint"), methods.BOIL(small_conv(), batchnorm="joint")):
+        with pytest.raises(ValueError, match="batchnorm='joint' needs a body that the inner loop does not change"):
+            wrong(classify(**IMAGES))
 
 
 # ---------------------------------------------------------------------------------------------------------------- scale and shift
@@ -481,12 +514,10 @@ class Bare(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------- the user's own
 @backends
-def test_own_parameterisation(how) -> None:
+def test_own_parameterisation(how, monkeypatch: pytest.MonkeyPatch) -> None:
     """examples/own_parameterisation.py: W = U diag(s) V^t, s adapted. Under 40 lines, without the planner or an executor."""
-    path = Path(__file__).parent.parent / "examples" / "own_parameterisation.py"
-    spec = importlib.util.spec_from_file_location("own_parameterisation", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    example = importlib.import_module("own_parameterisation")
     maml = MAML(mlp().to(how[1]), parameterisation=example.SingularValues(), **options(how))
     assert len(inspect.getsource(example.SingularValues).splitlines()) < 40
 
@@ -498,6 +529,24 @@ def test_own_parameterisation(how) -> None:
     if how[0] == "cpu":
         before, after = example.main(iterations=20)
         assert after < before
+
+
+def test_the_page_of_methods_runs() -> None:
+    """The code of docs/methods.md."""
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {"fastmaml": fastmaml, "torch": torch, "model": mlp()}
+    exec(code, names)
+    maml, tasks = names["maml"], classify()
+
+    def forward(w, phi, x):
+        return families.mlp({**w, **{f"{n}.weight": w[f"{n}.weight"] * phi[f"gain.{n}.weight"].exp() for n in "024"}}, x)
+
+    _, expected, _ = truth(maml, tasks, forward, lambda w, t: {f"gain.{n}.weight": w[f"gain.{n}.weight"] for n in "024"}, lr=0.1, steps=1)
+    maml.meta_grad(tasks)
+    assert families.distance(grads(maml), expected) <= 3e-6
+    for name in re.findall(r"^\| `(\w+)\(", text, re.MULTILINE):
+        assert name == "MAML" or hasattr(methods, name), name
 
 
 # ---------------------------------------------------------------------------------------------------------------- what all of them do

@@ -315,6 +315,8 @@ def _array(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
 
 def _move(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     refs, out = (*instr.inputs, *instr.outputs), instr.outputs[0]
+    if is_image(buffers[out.buffer]) and instr.kernel in ("support_rows_fwd", "query_rows_fwd"):
+        raise NotImplementedError("features that are images, of which batchnorm='joint' takes the support rows, have no native kernel yet")
     return Native(instr.kernel, refs, (_width(out, buffers),), unpadded=(0, 1, 2) if instr.kernel == "join_rows_fwd" else (0,))
 
 
@@ -436,6 +438,7 @@ _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
     "sgd": _sgd,
     **{name: _array for name in ("axpy", "scale", "zero", "copy")},
     "join_rows": _move,
+    "support_rows": _move,
     "query_rows": _move,
     "add": _expression,
     "mul": _expression,

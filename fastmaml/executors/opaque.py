@@ -86,9 +86,9 @@ def _norms(model: nn.Module, batchnorm: str | None) -> list[tuple[nn.Module, boo
     for name, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             layer, tracked = f"layer {name!r} ({type(m).__name__})", m.running_mean is not None
-            if batchnorm == "support":
+            if batchnorm in ("support", "joint"):
                 raise ValueError(
-                    f"batchnorm='support' needs a model that can be traced; here {layer} runs on the autograd executor: choose 'batch' or 'running'"
+                    f"batchnorm={batchnorm!r} needs a model that can be traced; here {layer} runs on the autograd executor: choose 'batch' or 'running'"
                 )
             if batchnorm == "running" and not tracked:
                 raise ValueError(

@@ -529,6 +529,11 @@ def join_rows_fwd(task, attrs: Attrs, support, query):
     return torch.cat([support, query])
 
 
+@kernel("support_rows_fwd")
+def support_rows_fwd(task, attrs: Attrs, joint):  # the first n_support rows
+    return joint[: task.rows["support"]]
+
+
 @kernel("query_rows_fwd")
 def query_rows_fwd(task, attrs: Attrs, joint):  # the last n_query rows
     return joint[task.rows["support"] :]

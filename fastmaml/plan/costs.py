@@ -57,7 +57,7 @@ ELEMENTWISE: Mapping[str, int] = {  # by kernel, or by op for all its modes
     "scale": 1,
     "factored_linear_jvp": 1,
     "row_sum": 1,
-    **dict.fromkeys(("reshape", "pad2d", "transpose", "slice", "copy", "zero", "join_rows", "query_rows"), 0),
+    **dict.fromkeys(("reshape", "pad2d", "transpose", "slice", "copy", "zero", "join_rows", "support_rows", "query_rows"), 0),
 }
 # where the Gram matrix and an operand as wide as its product stand among inputs and outputs
 GRAM = {"gram_fwd": (2, 0), "factored_linear_fwd": (1, 4)}

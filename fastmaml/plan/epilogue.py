@@ -18,7 +18,7 @@ class Epilogue(Frame):
         for v, acc in self.accumulators.items():
             if self.level[v] == "meta" or v in self.leaf_of:  # or a task's own leaf
                 contributions.setdefault(v, []).append(acc)
-        epilogue: list[Instruction] = []
+        epilogue: list[Instruction] = self._join_features() if self.joint_body else []
         self.segments["epilogue_batch"] = []
         self.summed: dict[int, list[Ref]] = {}  # cotangents that are sums over tasks already
         for extent, p in self.prefix.items():
@@ -26,7 +26,7 @@ class Epilogue(Frame):
             targets = [v for v in (*self._consumed(self.ops["task"], ("meta",)), *leaves) if v in differentiable]
             p.want(targets)
             for v in self.zeta:
-                name, once = self._zeta_name(v, extent), self.program.values[v].rows or extent == self.outer_extent
+                name, once = self._zeta_name(v, extent), self.program.values[v].rows or extent == self.outer_extent or self.joint_body
                 if self.level[v] == "task" and v not in self.leaf_of and once and name in self.buffers:
                     p.bar[v] = Ref(name)
             backward(p)
@@ -50,6 +50,18 @@ class Epilogue(Frame):
             sources[v] = total
         self.segments["epilogue"] = epilogue
         self._reduce(sources)
+
+    def _join_features(self) -> list[Instruction]:
+        """The cotangents of features that were split between support and query."""
+        out = []
+        for v in (v for v in self.zeta if self.level[v] == "task" and v not in self.leaf_of and self.program.values[v].rows):
+            joint = self._buffer(self._zeta_name(v, "joint"), self.program.values[v].shape, "joint", home="run")
+            support, query = (Ref(self._zeta_name(v, extent)) for extent in ("support", "query"))
+            if support.buffer in self.buffers:
+                out.append(Instruction("join_rows_fwd", (support, query), (joint,)))
+            else:  # first order: the inner loop hands nothing back
+                out.append(Instruction("query_rows_bwd", (query,), (joint,)))
+        return out
 
     def _reduce(self, sources: dict[int, Ref]) -> None:
         self.reductions: list[Reduction] = []

@@ -30,15 +30,24 @@ class Frame:
         self.learned = sorted({r for leaf in self.adapted if (r := self.a.rates.get(leaf.name)) and r.learned}, key=lambda r: r.name)
         rates = {self.a.rates.get(leaf.name) for leaf in self.adapted}
         self.shared_rate = rates.pop() if len(rates) == 1 and next(iter(rates), None) and next(iter(rates)).shape == () else None
-        joint = any(op.name.startswith("batchnorm") and op.attrs["statistics"] == "support" for op in program.ops)
-        self.outer_extent = "joint" if joint else "query"
+        statistics = {op.attrs["statistics"] for op in program.ops if op.name.startswith("batchnorm")}
+        self.joint_body = "joint" in statistics and arrangement.entry not in ("adapt", "predict")
+        self._check_joint_body()
+        self.outer_extent = "joint" if "support" in statistics or ("joint" in statistics and arrangement.entry == "predict") else "query"
         self.rolled = rollback.rolled_back(program, arrangement) if self.second_order else {}
         self.in_place = self._in_place()
         self.keeps_values = self.second_order and (arrangement.memory == "fast" or self._keeps_its_step())
         self.accumulators: dict[int, Ref] = {}  # zeta_bar: cotangents of non-adapted values, summed over the steps
         self.prefix: dict[str, Pass] = {}
+        self.features: dict[str, dict[int, Ref]] = {}  # by extent: the values of the layers that no adapted leaf reaches
         self.together: dict[str, set[str]] = {}  # by extent: row buffers that exist for all tasks at once
         self.results: dict[str, None] = {}
+
+    def _check_joint_body(self) -> None:
+        """Statistics of support and query together exist for layers that the inner loop does not change."""
+        inner = [op for op in self.ops["step"] if op.name.startswith("batchnorm") and op.attrs["statistics"] == "joint"]
+        if inner and self.joint_body:
+            raise ValueError("batchnorm='joint' needs a body that the inner loop does not change, as ANIL's: here it adapts a layer below a batch normalisation")
 
     def _keeps_its_step(self) -> bool:
         """A single inner step keeps its activations and their gradients, if these are few: reading them back beats making them again."""
@@ -67,7 +76,7 @@ class Frame:
 
     def _inputs(self) -> None:
         extents = ["support"] * (self.steps > 0) + ["query"] * (self.a.entry != "adapt")
-        if self.outer_extent == "joint" and self.a.entry != "adapt":
+        if self._joins:
             extents = ["support", "query"]
         shape = self.program.values[self.program.input].shape
         target = self.program.values[self.program.output].shape if self.a.loss.name == "mse" else ()
@@ -96,6 +105,11 @@ class Frame:
             if self.trains:
                 self._buffer(f"theta_bar.{leaf.name}", shape, rows, home="run")
 
+    @property
+    def _joins(self) -> bool:
+        """Whether some pass runs over support and query rows together."""
+        return self.joint_body or (self.outer_extent == "joint" and self.a.entry != "adapt")
+
     def _is_factor(self, leaf: Leaf) -> bool:
         return self.program.values[leaf.value].rows
 
@@ -112,8 +126,8 @@ class Frame:
             p.value[leaf.value] = self._theta(leaf.name) if leaf.role == "adapted" else Ref(leaf.name)
         if self.ops["meta"] and name != "meta":
             p.value.update({op.output: self.meta.value[op.output] for op in self.ops["meta"]})
-        if extent in self.prefix and not name.startswith("prologue"):
-            p.value.update({op.output: self.prefix[extent].value[op.output] for op in self.ops["task"]})
+        if not name.startswith("prologue"):
+            p.value.update(self.features.get(extent, {}))
         p.factor_gradient = name == "gradient"
         return p
 

@@ -20,15 +20,18 @@ class Inner(Frame):
         forward(self.meta)
         self.segments["prologue_meta"] = self._take(self.meta)
         self.segments["prologue"] = []
-        if self.outer_extent == "joint" and self.a.entry != "adapt":
+        if self._joins:
             self._buffer("x.joint", self.program.values[self.program.input].shape, "joint", home="run")
             join = Instruction("join_rows_fwd", (Ref("x.support"), Ref("x.query")), (Ref("x.joint"),))
             self.segments["prologue"].append(join)
         self.segments["prologue_batch"] = []
         if self.ops["task"]:
             extents = ["support"] * (self.steps > 0) + [self.outer_extent] * (self.a.entry != "adapt")
-            for extent in extents:
+            for extent in ["joint"] if self.joint_body else extents:
                 self.prefix[extent] = self._prefix_pass(extent)
+                self.features[extent] = {op.output: self.prefix[extent].value[op.output] for op in self.ops["task"]}
+            if self.joint_body:
+                self._split_features()
         for leaf in self.adapted:
             if self._is_factor(leaf):
                 self.segments["prologue"].append(Instruction("zero_fwd", (), (Ref(f"theta.{leaf.name}"),)))
@@ -36,6 +39,16 @@ class Inner(Frame):
                 self.segments["prologue"].append(Instruction("copy_fwd", (Ref(leaf.name),), (Ref(f"theta.{leaf.name}"),)))
         differentiable = differentiable_values(self.program)
         self.zeta = [v for v in self._consumed(self.ops["step"], ("meta", "task")) if v in differentiable]
+
+    def _split_features(self) -> None:
+        """Of a body that ran over support and query together: each extent's rows of what the inner loop reads."""
+        joint = self.features["joint"]
+        for extent in ("support", "query"):
+            self.features[extent] = dict(joint)
+            for v in (v for v in self._consumed(self.ops["step"], ("task",)) if v in joint and self.program.values[v].rows):
+                part = self._buffer(f"prologue.{extent}.v{v}", self.program.values[v].shape, extent)
+                self.segments["prologue"].append(Instruction(f"{extent}_rows_fwd", (joint[v],), (part,)))
+                self.features[extent][v] = part
 
     def _prefix_pass(self, extent: str) -> Pass:
         """The layers that no adapted leaf reaches, over one extent. Linear maps of the samples run for all tasks together."""

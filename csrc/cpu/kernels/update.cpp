@@ -173,6 +173,11 @@ void join_rows_fwd(const Call& c) {
     move_rows(c, c.f(1), c.stride(1), c.f(2) + ns * ld, ld, c.task->n_query);
 }
 
+void support_rows_fwd(const Call& c) {
+    if (c.part) return;
+    move_rows(c, c.f(0), c.stride(0), c.f(1), c.stride(1), c.task->n_support);
+}
+
 void query_rows_fwd(const Call& c) {
     if (c.part) return;
     const int64_t ld = c.stride(0);

@@ -138,6 +138,7 @@ using Kernel = void (*)(const Call&);
     K(sgd_rows_bwd)          /* theta_bar, rate, u */ \
     K(zero_rows_fwd)         /* out */ \
     K(join_rows_fwd)         /* support, query, joint; sizes {c} */ \
+    K(support_rows_fwd)      /* joint, support */ \
     K(query_rows_fwd)        /* joint, query */ \
     K(query_rows_bwd)        /* dquery, djoint: zeros in the support rows */ \
     /* weight expressions on plain arrays of up to 4 axes: sizes {z0..z3, x strides are 0 where x is broadcast: bit i of sizes[4] (x), [5] (y)} */ \
