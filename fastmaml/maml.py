@@ -280,6 +280,7 @@ class MAML(Trained):
         if ran.prologue is not None:  # it may reach any of them
             known = {name for _, name in ran.runner.gradients}
             named += [(f"grad.{name}", p) for name, p in {**given, **dict(self.rates.learned())}.items() if name not in known]
+            named += [("", source) for source in self.parameterisation.sources()]
         return [(key, p) for key, p in named if p.requires_grad]
 
     def _gradients(self, ran: Ran, results: Results) -> list[tuple[Tensor, Tensor | None]]:

@@ -11,9 +11,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmaml.leo import LEO
 from fastmaml.maml import MAML
 from fastmaml.mixture import MixtureMAML
 from fastmaml.parameterisation import Basis, Context, Gated, Head, Layerwise, LowRank, Modulation, ScaleShift, TNet
+
+__all__ = [
+    "ANIL",
+    "BOIL",
+    "CAVIA",
+    "HSML",
+    "LEO",
+    "MMAML",
+    "MTL",
+    "ChannelScaleShift",
+    "HeadOnly",
+    "LowRankMAML",
+    "MTNets",
+    "Mixture",
+    "ProtoMAML",
+    "SubspaceMAML",
+    "TNets",
+    "ZeroHead",
+]
 
 Patterns = str | Sequence[str]
 

@@ -33,7 +33,7 @@ ROOMS = (
     {"executors"},
     {"autograd", "adapted", "engine", "output", "plain_loop", "prologue", "state"},
     {"maml", "diagnostics"},
-    {"functional", "mixture"},
+    {"functional", "leo", "mixture"},
     {"methods"},
     {"training", "compat", "cli", "__main__", "__init__"},
 )

@@ -138,6 +138,10 @@ class Parameterisation(nn.Module):
         """Values of the leaves of each task."""
         return {}
 
+    def sources(self) -> list[Tensor]:
+        """Tensors beside the parameters that the prologue's values depend on, and that want their gradient."""
+        return []
+
     def task_rates(self, rates: Mapping[str, Rate]) -> Mapping[str, Rate]:
         """The Rates of the Plan, from those of ``inner_lr=``. A rate with home "task" is called rate.<leaf>, and the prologue gives it."""
         return rates
