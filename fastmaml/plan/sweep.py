@@ -22,6 +22,7 @@ from fastmaml.plan.instructions import Phase, Plan, Segment
 from fastmaml.plan.memory import assign_homes
 from fastmaml.plan.outer import Outer
 from fastmaml.plan.pooling import pool_first
+from fastmaml.plan.reassociate import reassociate
 from fastmaml.plan.reverse import Reverse
 from fastmaml.plan.rewrite import STATE, factor_first_layers
 from fastmaml.plan.tidy import live, unkept
@@ -32,6 +33,7 @@ def build_plan(program: Program, arrangement: Arrangement) -> Plan:
     """The Plan of one meta-iteration. Raises ValueError where no adapted leaf reaches the output."""
     program = pool_first(program)
     if arrangement.support_rows and arrangement.steps and arrangement.entry in ("train", "halves", "evaluate"):
+        program = reassociate(program, arrangement.support_rows)
         scalar = {name: rate.shape == () for name, rate in arrangement.rates.items()}
         program, factored = factor_first_layers(program, scalar, arrangement.support_rows)
         states = {f.weight + STATE: arrangement.rates[f.weight] for f in factored}
