@@ -93,6 +93,7 @@ class MAML(Trained):
         self.backend = options.one_of("backend", backend, BACKENDS)
         self.on_nonfinite = options.one_of("on_nonfinite", on_nonfinite, options.NONFINITE)
         self._start()
+        self.parameterisation.belongs = True
 
     @property
     def executor(self) -> str | None:
@@ -349,5 +350,5 @@ class MAML(Trained):
         if support_losses is None:
             support_losses = torch.zeros(len(batch), 0).to(view.like)
         weights = {name: values[f"adapted.{name}"] for name in view.adapted if f"adapted.{name}" in values}
-        others = {name: v.detach().clone() for name, v in ran.call.leaves.items() if name not in weights and not name.startswith(TASK_RATE)}
+        others = {name: v.detach().clone() for name, v in ran.call.leaves.items() if name not in weights and not (name in ran.runner.own and name.startswith(TASK_RATE))}
         return AdaptedModel(predict, weights, others, batch, support_losses)

@@ -702,6 +702,19 @@ WRONG = {
 }
 
 
+def test_names_of_the_models_own() -> None:
+    """A layer called rate is not a rate; an object whose MAML could not be built may be used again."""
+    net = nn.Sequential()
+    net.add_module("rate", nn.Linear(3, 8))
+    net.add_module("head", nn.Linear(8, 4))
+    maml, tasks = methods.ANIL(net, **OPTIONS), classify()
+    assert maml.adapt(*tasks[:2])(tasks[2]).shape == (3, 7, 4)
+    given = LowRank()
+    with pytest.raises(TypeError, match="inner_lr is 'fast'"):
+        MAML(mlp(), parameterisation=given, inner_lr="fast")
+    assert MAML(mlp(), parameterisation=given)(tasks).loss.isfinite()
+
+
 def twice() -> nn.Module:
     class Twice(nn.Sequential):
         def forward(self, x):

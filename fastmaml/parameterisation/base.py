@@ -120,7 +120,7 @@ class Parameterisation(nn.Module):
         super().__init__()
         self.kinds: dict[str, Kind] = {}
         self._within: dict[str, tuple[str, str]] = {}  # leaves that belong to a module: its name, theirs
-        self._declared = False
+        self.belongs = False  # to a MAML object
 
     # ------------------------------------------------------------------------------------------------- what a subclass says
     def declare(self, network: Network) -> None:
@@ -215,13 +215,15 @@ class Parameterisation(nn.Module):
         return type(self).prologue is not Parameterisation.prologue
 
     def start(self, model: nn.Module, adapt: str | Sequence[str]) -> None:
-        """Declares its leaves for ``model``; once."""
-        if self._declared:
+        """Declares its leaves for ``model``: of one MAML object."""
+        if self.belongs:
             raise ValueError(f"this {self.signature} already belongs to a MAML object: build a new one, or copy.deepcopy the MAML object")
+        for full in self.kinds:  # of a MAML object that could not be built
+            self._parameters.pop(_key(full), None), self._buffers.pop(_key(full), None)
+        self.kinds, self._within = {}, {}
         network = Network(model, adapt)
         self._like, self._taken = next(iter(network.parameters.values())).detach().new_empty(0), frozenset(network.parameters)
         self.declare(network)
-        self._declared = True
 
     def looked_at(self, model: nn.Module, adapt: str | Sequence[str]) -> tuple[dict[str, nn.Parameter | Tensor], dict[str, Kind]]:
         """(parameters and leaves by name, their kinds) for the model as it is now."""
