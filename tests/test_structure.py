@@ -18,7 +18,7 @@ from test_cpu_executor import net_case, ragged_case
 from fastmaml import _cpu
 from fastmaml.executors.cpu import CpuExecutor
 from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
-from fastmaml.plan import Arrangement, Rate, build_plan
+from fastmaml.plan import Arrangement, Plan, Rate, build_plan
 from fastmaml.program import OPS, Loss, ProgramBuilder
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +173,14 @@ def lowered(plan, support: int = 7, query: int = 6) -> set[str]:
     return {step.call.kernel for _, groups in lowering.phases for _, steps in groups for step in steps}
 
 
+def joint_body_plan() -> Plan:
+    """A body with statistics of support and query rows together, below an adapted head."""
+    b = ProgramBuilder((3,))
+    w, head = b.leaf("w", (5, 3), "outer"), b.leaf("head", (4, 5), "adapted")
+    normed = b.op("batchnorm", b.op("linear", 0, w), eps=1e-5, statistics="joint")
+    return build_plan(b.build(b.op("linear", normed, head)), Arrangement(2, Loss(), {"head": Rate("inner_lr")}))
+
+
 def test_every_native_kernel_is_reached_by_some_plan() -> None:
     reached: set[str] = set()
     for seed in range(300):
@@ -181,6 +189,7 @@ def test_every_native_kernel_is_reached_by_some_plan() -> None:
         reached |= lowered(case.plan())
     for case in (net_case("omniglot-fc-factored", tasks=1), ragged_case("factored")):
         reached |= lowered(case.plan(), 13, 15) | lowered(case.plan(memory="fast"), 13, 15)
+    reached |= lowered(joint_body_plan())
     declared = (CSRC / "include/fastmaml/kernels.h").read_text()
     assert sorted(re.findall(r"\bK\((\w+)\)", declared)) == sorted(_cpu.kernels())
     assert not set(_cpu.kernels()) - reached

@@ -1,4 +1,4 @@
-"""sgd, axpy, scale, add, zero, copy: over whole arrays and row by row; join_rows and query_rows."""
+"""sgd, axpy, scale, add, zero, copy: over whole arrays and row by row; join_rows, support_rows and query_rows."""
 
 from __future__ import annotations
 
@@ -151,5 +151,6 @@ def test_support_and_query(tier: str, kind: str) -> None:
 
         for other in ("rows", "plain"):
             move("join_rows_fwd", [Operand(kind, s), Operand(other, q)], joint)
+        move("support_rows_fwd", [Operand(kind, both)], out("rows", support, c))
         move("query_rows_fwd", [Operand(kind, both)], out("rows", query, c))
         move("query_rows_bwd", [Operand(kind, q)], joint)
