@@ -100,12 +100,16 @@ def ratio(maml: MAML, full: MAML, batch: TaskBatch, repeats: int) -> tuple[float
 def table(title: str, batch: TaskBatch, rows: Sequence[Row], repeats: int) -> str:
     full = rows[0][1]()
     _, all_flops, inner_flops = counts(full, batch)
-    lines = [f"{title}", "", "| method | instructions | MFLOP | to MAML | of the inner loop | ms | time to MAML |", "|---|---|---|---|---|---|---|"]
+    head = ["method", "instructions", "MFLOP", "MFLOP to MAML", "of the inner loop", *(["ms", "time to MAML"] if repeats else [])]
+    lines = [f"**{title}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, make in rows:
         maml = make()
         n, flops, inner = counts(maml, batch)
-        took, share = ratio(maml, full, batch, repeats) if repeats else (float("nan"), float("nan"))
-        lines.append(f"| {name} | {n} | {flops * 1e-6:.4g} | {flops / all_flops:.2f} | {inner / inner_flops:.3g} | {took:.3g} | {share:.2f} |")
+        cells = [name, str(n), f"{flops * 1e-6:.4g}", f"{flops / all_flops:.2f}", "0" if inner / inner_flops < 5e-3 else f"{inner / inner_flops:.2f}"]
+        if repeats:
+            took, share = ratio(maml, full, batch, repeats)
+            cells += [f"{took:.3g}", f"{share:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
