@@ -1,0 +1,139 @@
+"""MMAML, HSML and mixtures of initialisations, against their equations."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+import torch.nn.functional as F
+from families import truth
+from helpers_families import NAMES, agrees, backends, encoder, grads, options
+from plain_loop import classify, mlp, one_thread, regress  # noqa: F401
+from test_maml import BOUND
+from torch import nn
+
+from fastmaml import methods
+
+
+def embedded(w, name: str, x, y):
+    """The encoder, written out."""
+    p = lambda n: w[f"{name}.encoder.{n}"]  # noqa: E731
+    y = y if y.is_floating_point() else F.one_hot(y, 4).double()
+    h = torch.relu(F.linear(torch.cat([x, y], 1), p("rows.0.weight"), p("rows.0.bias")))
+    return F.linear(torch.relu(F.linear(h, p("rows.2.weight"), p("rows.2.bias"))).mean(0), p("out.weight"), p("out.bias"))
+
+
+@backends
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_mmaml(how, loss: str) -> None:
+    """Vuorio et al. 2019: tau from the support set, FiLM of each layer, then MAML."""
+    maml = methods.MMAML(mlp().to(how[1]), encoder(), **options(how, loss=loss))
+    tasks = regress() if loss == "mse" else classify()
+    tau: dict = {}
+
+    def start(w, t):
+        e = embedded(w, "mmaml", tasks[0][t].double(), tasks[1][t].double() if loss == "mse" else tasks[1][t])
+        tau["now"] = [F.linear(e, w[f"mmaml.maps.{i}.weight"], w[f"mmaml.maps.{i}.bias"]).chunk(2) for i in range(2)]
+        tau.setdefault("all", []).append(tau["now"])
+        return {n: w[n] for n in NAMES}
+
+    def forward(w, phi, x):
+        (g0, b0), (g1, b1) = tau["now"]
+        x = torch.tanh((1 + g0) * F.linear(x, phi["0.weight"], phi["0.bias"]) + b0)
+        x = torch.tanh((1 + g1) * F.linear(x, phi["2.weight"], phi["2.bias"]) + b1)
+        return F.linear(x, phi["4.weight"], phi["4.bias"])
+
+    kw = {"lr": 0.3, "steps": 3, "loss": {"mse": F.mse_loss}.get(loss, F.cross_entropy)}
+    _, expected, ends = truth(maml, tasks, forward, start, **kw)
+    maml.meta_grad(tasks)
+    assert families.distance(grads(maml), expected) <= BOUND[how[1]]
+    adapted, close = maml.adapt(*tasks[:2]), {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
+    for t, end in enumerate(ends):
+        tau["now"] = tau["all"][t]
+        logits = forward({}, end, tasks[2][t].double()).detach()
+        torch.testing.assert_close(adapted(tasks[2])[t], logits, **close)
+        torch.testing.assert_close(adapted.module(t)(tasks[2][t].to(how[1])), logits, **close)
+
+
+@backends
+def test_hsml(how) -> None:
+    """Yao et al. 2019: theta begins at theta_0 * sigmoid(W [g, h] + b)."""
+    maml = methods.HSML(mlp().to(how[1]), encoder(), clusters=(3, 2), **options(how))
+    tasks = classify()
+
+    def start(w, t):
+        p = lambda n: w[f"hsml.{n}"]  # noqa: E731
+        g = embedded(w, "hsml", tasks[0][t].double(), tasks[1][t])
+        below = [g]
+        for level, many in enumerate((3, 2)):
+            near = [torch.softmax(-((h - p(f"levels.{level}.centres")) ** 2).sum(1) / 2, 0) for h in below]
+            maps = [(p(f"levels.{level}.maps.{k}.weight"), p(f"levels.{level}.maps.{k}.bias")) for k in range(many)]
+            below = [sum(q[k] * torch.tanh(F.linear(h, *maps[k])) for q, h in zip(near, below, strict=True)) for k in range(many)]
+        both = torch.cat([g, torch.tanh(F.linear(sum(below), p("root.weight"), p("root.bias")))])
+        gates = [torch.sigmoid(F.linear(both, p(f"gates.{i}.weight"), p(f"gates.{i}.bias"))) for i in range(len(NAMES))]
+        return {f"hsml.{n}": w[n] * gate.view_as(w[n]) for n, gate in zip(NAMES, gates, strict=True)}
+
+    agrees(maml, tasks, lambda w, phi, x: families.mlp({**w, **{n: phi[f"hsml.{n}"] for n in NAMES}}, x), start)
+
+
+@backends
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_mixture(how, loss: str) -> None:
+    """Jerfel et al. 2019: each initialisation adapts; the outer losses are weighed by the responsibilities of the adapted ones for the support set."""
+    maml = methods.Mixture(mlp().to(how[1]), components=2, temperature=0.5, **options(how, loss=loss))
+    tasks, kind = (regress(), F.mse_loss) if loss == "mse" else (classify(), F.cross_entropy)
+    w = {n: p.detach().double().requires_grad_() for n, p in maml.named_parameters()}
+    assert sorted(w) == sorted(f"mixture.init.{n}" for n in NAMES)
+    total, predictions, shares = 0.0, [], []
+    for sx, sy, qx, qy in zip(*tasks, strict=True):
+        sx, qx = sx.double(), qx.double()
+        sy, qy = (sy.double(), qy.double()) if loss == "mse" else (sy, qy)
+        support, query, outputs = [], [], []
+        for m in range(2):
+            phi = {n: w[f"mixture.init.{n}"][m] for n in NAMES}
+            for _ in range(3):
+                g = torch.autograd.grad(kind(families.mlp(phi, sx), sy), list(phi.values()), create_graph=True)
+                phi = {n: v - 0.3 * d for (n, v), d in zip(phi.items(), g, strict=True)}
+            support.append(kind(families.mlp(phi, sx), sy) * len(sx))
+            outputs.append(families.mlp(phi, qx))
+            query.append(kind(outputs[-1], qy))
+        r = torch.softmax(-0.5 * torch.stack(support), 0).detach()
+        total = total + (r * torch.stack(query)).sum() / 3
+        shares.append(r)
+        mean = sum(p * (z.softmax(1) if loss == "cross_entropy" else z) for p, z in zip(r, outputs, strict=True))
+        predictions.append(mean.log() if loss == "cross_entropy" else mean)
+    expected = dict(zip(w, torch.autograd.grad(total, list(w.values())), strict=True))
+    for call in (lambda: maml(tasks).loss.backward(), lambda: maml.meta_grad(tasks)):
+        call()
+        assert families.distance(grads(maml), expected) <= BOUND[how[1]]
+    close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
+    out, adapted = maml(tasks), maml.adapt(*tasks[:2])
+    torch.testing.assert_close(out.responsibilities, torch.stack(shares), **close)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(predictions).detach(), **close)
+    torch.testing.assert_close(adapted(tasks[2]), torch.stack(predictions).detach(), **close)
+    assert float(out.loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5) == pytest.approx(float(out.task_losses.mean()), rel=1e-5)
+    torch.testing.assert_close(adapted.module(1, 0)(tasks[2][1].to(how[1])), adapted.components([x for x in tasks[2] for _ in range(2)])[2], **close)
+    assert len(adapted) == 3 and (loss == "mse" or 0 <= float(out.accuracy) <= 1)
+
+
+def test_mixture_says_no() -> None:
+    maml = methods.Mixture(mlp(), components=2)
+    with pytest.raises(ValueError, match="outer_loss and a mixture together"):
+        maml(classify(), outer_loss=lambda z, y: z.sum())
+    with pytest.raises(ValueError, match="a mixture is a parameterisation of its own"):
+        methods.Mixture(mlp(), parameterisation="anil")
+    with pytest.raises(ValueError, match="without reset_parameters"):
+        methods.Mixture(Bare())
+    with pytest.raises(TypeError, match="encoder is str"):
+        methods.MMAML(mlp(), "lstm")
+    with pytest.raises(ValueError, match=r"encoder returns \[6\]"):
+        methods.MMAML(mlp(), encoder(), size=5)(classify())
+
+
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4, 3))
+
+    def forward(self, x):
+        return x @ self.w.T
