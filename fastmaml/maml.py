@@ -141,7 +141,7 @@ class MAML(Trained):
             return out
         ran = self._run(tasks, "train", sinks=True, **settings)
         if not ran.call.sinks:
-            for p, g in self._gradients(ran, ran.results):
+            for p, g in self._gradients(ran, ran.results, self._trained(ran)):
                 if g is not None:
                     p.grad = g if p.grad is None else p.grad.add_(g)
         return MetaOutput(ran.call, ran.results)
@@ -284,9 +284,9 @@ class MAML(Trained):
             named += [("", source) for source in self.parameterisation.sources()]
         return [(key, p) for key, p in named if p.requires_grad]
 
-    def _gradients(self, ran: Ran, results: Results) -> list[tuple[Tensor, Tensor | None]]:
+    @staticmethod
+    def _gradients(ran: Ran, results: Results, trained: list[tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
         """(parameter or rate, its gradient) of what is trained; None where torch would give none."""
-        trained = self._trained(ran)
         found = [(p, gradient_of(results, key, p)) for key, p in trained]
         if ran.prologue is None:
             return found
@@ -307,7 +307,7 @@ class MAML(Trained):
             return self._call_outer(tasks, settings, outer_loss, given, grad)
         ran = self._run(tasks, "train" if grad else "evaluate", given=given, **settings)
         out = MetaOutput(ran.call, ran.results)
-        pairs = [(p, g) for p, g in self._gradients(ran, ran.results) if g is not None] if grad else []
+        pairs = [(p, g) for p, g in self._gradients(ran, ran.results, self._trained(ran)) if g is not None] if grad else []
         if pairs:
             parameters, gradients = zip(*pairs, strict=True)
             out.loss, out.parameters = MetaLoss.apply((out.loss,), gradients, *parameters), parameters
@@ -330,7 +330,7 @@ class MAML(Trained):
             split = list(dlogits.split(list(batch.query_sizes)))
             results = without_autocast(dlogits.device, ran.runner.executor.reverse, ran.results.state, split)
             self._check_finite(results)
-            return [g for _, g in self._gradients(ran, results)]
+            return [g for _, g in self._gradients(ran, results, trained)]
 
         logits = OuterLogits.apply((out.joined_logits,), reverse, *parameters) if parameters else out.joined_logits
         loss = outer_loss(per_task(logits, batch.query_sizes), per_task(batch.query_y, batch.query_sizes))

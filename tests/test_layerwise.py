@@ -12,6 +12,7 @@ from plain_loop import classify, mlp, one_thread, plain_loop  # noqa: F401
 from test_maml import BOUND
 from torch import nn
 
+import fastmaml
 from fastmaml import MAML, methods
 from fastmaml.parameterisation import Layerwise
 
@@ -40,6 +41,13 @@ def test_layerwise_by_pattern_and_constructor() -> None:
     assert "parameterisation layerwise(adapt='4.*'): adapted: 4.weight, 4.bias; outer-learned only: 0.weight" in maml.explain(tasks)
     assert "constant: 0.weight" in methods.HeadOnly(mlp()).explain(tasks)
     assert methods.BOIL(mlp(), **OPTIONS).verify(classify()).ok and methods.HeadOnly(mlp(), **OPTIONS).verify(classify()).ok
+
+
+def test_functions_of_a_dict() -> None:
+    model, tasks = mlp(), classify()
+    params = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    fastmaml.functional.meta_loss(model, params, tasks, parameterisation="anil", **OPTIONS).loss.backward()
+    assert families.distance({n: p.grad for n, p in params.items()}, plain_loop(model, tasks, lr=0.3, steps=3, adapt="4.*").gradients) <= 3e-6
 
 
 def test_head_of_a_bare_layer() -> None:

@@ -95,6 +95,16 @@ def test_gradient_through_the_draws() -> None:
     assert distance(grads(leo), truth(leo, tasks, draws)[2]) <= 1e-11
 
 
+def test_two_calls_before_one_backward() -> None:
+    leo, tasks = made(backend="torch").eval(), tasks_of()
+    other = tuple(v.flip(0) + (0.1 if v.is_floating_point() else 0) for v in tasks)
+    leo(tasks).loss.backward()
+    leo(other).loss.backward()
+    apart = grads(leo)
+    (leo(tasks).loss + leo(other).loss).backward()
+    assert distance(grads(leo), apart) <= 1e-12
+
+
 def test_state_and_copies() -> None:
     leo, tasks = made().eval(), tasks_of()
     torch.manual_seed(9)
