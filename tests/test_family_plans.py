@@ -83,10 +83,10 @@ def test_t_is_composed_into_the_weight_and_never_run_as_a_layer() -> None:
     maml, full = (MAML(small_conv(), parameterisation=p, inner_steps=3) for p in (TNet(), "full"))
     for segment in ("gradient", "query"):
         assert convs(kernels(maml, segment)) == convs(kernels(full, segment))
-        assert kernels(maml, segment)["matmul_fwd"] == 4  # two kernels and two biases: adapted, so at every step
+        assert kernels(maml, segment)["matmul_fwd"] == 3  # two kernels and a bias: adapted, so at every step
     # What is not adapted is composed once per meta-iteration.
     anil = methods.TNets(small_conv(), adapt="8.*", inner_steps=3)
-    assert kernels(anil, "prologue_meta")["matmul_fwd"] == 3 and kernels(anil, "gradient")["matmul_fwd"] == 1  # the head's bias
+    assert kernels(anil, "prologue_meta")["matmul_fwd"] == 3 and kernels(anil, "gradient")["matmul_fwd"] == 0
     assert not convs(kernels(anil, "gradient")) and not convs(kernels(anil, "hvp"))
 
 
@@ -95,8 +95,7 @@ def test_few_rows_run_through_the_factors_of_a_weight() -> None:
     for method, layers in ((methods.TNets, 3), (methods.LowRankMAML, 4)):  # and the first one of all is factored (plan/rewrite.py)
         few, many = (TaskBatch.of(classify(2, n, 4, (30,))) for n in (6, 500))
         run, composed = (kernels(method(mlp((30, 40, 20)), inner_steps=3), "gradient", batch) for batch in (few, many))
-        biases = 2 if method is methods.TNets else 0
-        assert run["matmul_fwd"] == biases and composed["matmul_fwd"] == 2 + biases
+        assert run["matmul_fwd"] == 0 and composed["matmul_fwd"] == 2 + 2 * (method is methods.TNets)  # T b as well
         assert (run["linear_fwd"], run["factored_linear_fwd"]) == (layers, 1) and composed["linear_fwd"] == 2
 
 

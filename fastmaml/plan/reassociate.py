@@ -1,6 +1,6 @@
 """An exact rewrite of a Program before it is planned: the cheaper order of the products that the inner loop makes at every step.
 
-    x (P Q)^t        = (x Q^t) P^t              T-nets, and any weight that is a product
+    x (P Q)^t        = (x Q^t) P^t              T-nets, and any weight that is a product; with a bias P c, (x Q^t + c) P^t
     x (W + P Q)^t    = x W^t + (x Q^t) P^t      low rank
 
 With n rows, P [out, r] and Q [r, in], composing the weight costs out r in, and running the factors n r (in + out): few-shot tasks have few rows. A product
@@ -35,11 +35,22 @@ def reassociate(program: Program, rows: int) -> Program:
         values.append(Value(shape, True))
         return len(values) - 1
 
+    def inner_bias(bias: int | None, left: int) -> int | None:
+        """c, where the bias is reshape(left reshape(c))."""
+        flat = made.get(bias)
+        found = made.get(flat.inputs[0]) if flat is not None and flat.name == "reshape" and uses[bias] == 1 else None
+        if found is None or found.name != "matmul" or found.inputs[0] != left or uses[found.output] != 1:
+            return None
+        column = made.get(found.inputs[1])
+        c = column.inputs[0] if column is not None and column.name == "reshape" else None
+        return c if c is not None and values[c].shape == values[left].shape[1:] else None
+
     def factors(x: int, op: Op, bias: int | None, out: int) -> None:
         left, right = op.inputs
         inner = new((values[right].shape[0],))
-        ops.append(Op("linear", (x, right, None), inner, NOTHING))
-        ops.append(Op("linear", (inner, left, bias), out, NOTHING))
+        c = inner_bias(bias, left)
+        ops.append(Op("linear", (x, right, c), inner, NOTHING))
+        ops.append(Op("linear", (inner, left, bias if c is None else None), out, NOTHING))
 
     for op in program.ops:
         x, w, b = op.inputs if op.name == "linear" and len(program.values[op.inputs[0]].shape) == 1 else (None, None, None)
