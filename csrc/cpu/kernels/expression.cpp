@@ -87,14 +87,36 @@ void sum_expr(const Call& c) {
     });
 }
 
+// y += v x
+static void add_row(float v, const float* x, float* y, int64_t n) {
+    int64_t j = 0;
+    for (; j + VL <= n; j += VL) store(y + j, fma(splat(v), load(x + j), load(y + j)));
+    for (; j < n; ++j) y[j] += v * x[j];
+}
+
+static float dot(const float* x, const float* y, int64_t n) {
+    vec lanes{};
+    int64_t j = 0;
+    for (; j + VL <= n; j += VL) lanes = fma(load(x + j), load(y + j), lanes);
+    float total = sum_lanes(lanes);
+    for (; j < n; ++j) total += x[j] * y[j];
+    return total;
+}
+
+// Whichever way the operands lie, the inner loop walks what is contiguous; with both transposed nothing is.
 static void add_product(const Call& c, const float* a, const float* b, float* out) {
     const int64_t m = c.sizes[0], n = c.sizes[1], k = c.sizes[2], bits = c.sizes[3];
-    const int64_t am = bits & 1 ? 1 : k, ak = bits & 1 ? m : 1, bk = bits & 2 ? 1 : n, bn = bits & 2 ? k : 1;
-    for (int64_t i = 0; i < m; ++i)
-        for (int64_t q = 0; q < k; ++q) {
-            const float v = a[i * am + q * ak];
-            for (int64_t j = 0; j < n; ++j) out[i * n + j] += v * b[q * bk + j * bn];
-        }
+    const int64_t am = bits & 1 ? 1 : k, ak = bits & 1 ? m : 1;
+    for (int64_t i = 0; i < m; ++i) {
+        float* row = out + i * n;
+        if (bits & 2)
+            for (int64_t j = 0; j < n; ++j) {
+                if (ak == 1) row[j] += dot(a + i * am, b + j * k, k);
+                for (int64_t q = 0; ak != 1 && q < k; ++q) row[j] += a[i * am + q * ak] * b[j * k + q];
+            }
+        else
+            for (int64_t q = 0; q < k; ++q) add_row(a[i * am + q * ak], b + q * n, row, n);
+    }
 }
 
 void matmul_fwd(const Call& c) {
