@@ -11,14 +11,17 @@ from fastmaml.adapted import AdaptedModel
 from fastmaml.batch import TaskBatch
 from fastmaml.executors import BackendError
 from fastmaml.maml import MAML
+from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.output import MetaOutput, NonFiniteError
 from fastmaml.trace import TraceError, trace
 
 __version__ = "0.1.0"
 __all__ = [
     "MAML",
+    "SGD",
     "AdaptedModel",
     "BackendError",
+    "ImplicitGradient",
     "MetaOutput",
     "NonFiniteError",
     "TaskBatch",

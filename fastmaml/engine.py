@@ -21,6 +21,7 @@ from fastmaml.batch import TaskBatch
 from fastmaml.executors import Executor, choose
 from fastmaml.executors.call import Results
 from fastmaml.executors.opaque import opaque_program, turn
+from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.parameterisation import Rewritten, rewritten
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan
 from fastmaml.program import Loss, Program
@@ -46,6 +47,8 @@ class Spec(NamedTuple):
     backend: str = "auto"
     record: bool = False
     support_rows: int | None = None
+    optimizer: SGD = SGD()
+    meta_gradient: str | ImplicitGradient = "unrolled"
 
 
 @lru_cache(maxsize=256)
@@ -121,7 +124,8 @@ class Engine:
             program, query_from = found.program, spec.query_from
             rates = view.parameterisation.task_rates(self.rates.rates)
             memory = "constant" if any(op.name == "module" for op in program.ops) else spec.memory  # nobody but torch knows a module's activations
-            a = Arrangement(spec.steps, spec.loss, rates, spec.first_order, spec.entry, query_from, memory, spec.record, spec.support_rows)
+            a = Arrangement(spec.steps, spec.loss, rates, spec.first_order, spec.entry, query_from, memory, spec.record, spec.support_rows, spec.optimizer, spec.meta_gradient)
+            _check_steps(program, view, spec)
             plan = build_plan(_adapted_as_given(program) if spec.entry == "predict" else program, a)
             _check_plan(plan, program)
             runner = Runner(view, found, self.rates.rates, choose(spec.backend, plan, view.like.dtype, view.like.device))
@@ -163,9 +167,20 @@ def _check_plan(plan: Plan, program: Program) -> None:
             raise NotImplementedError(f"the Plan of this model has no gradient of {leaf.name!r}: use backend='autograd', and please report the model")
 
 
+def _check_steps(program: Program, view: ModelView, spec: Spec) -> None:
+    for leaf in program.leaves:
+        if leaf.per_step and leaf.role == "adapted":
+            raise ValueError(f"{leaf.name!r} has a value per inner step and cannot be adapted: leave it out of what the parameterisation adapts")
+        if leaf.per_step and spec.entry != "predict":
+            if len(view.parameters[leaf.name]) < spec.steps:
+                raise ValueError(f"{leaf.name!r} has {len(view.parameters[leaf.name])} steps, inner_steps is {spec.steps}: give it one row per inner step")
+            if spec.query_from == 0 and spec.steps:
+                raise ValueError(f"step_loss_weights has a loss before the first inner step, where {leaf.name!r} has no row: give one weight per inner step")
+
+
 def _adapted_as_given(program: Program) -> Program:
     """The adapted leaves hold one value per task, and nothing is trained."""
-    leaves = (replace(leaf, role="const", home="task" if leaf.role == "adapted" else leaf.home) for leaf in program.leaves)
+    leaves = (replace(leaf, role="const", home="task" if leaf.role == "adapted" else leaf.home, per_step=False) for leaf in program.leaves)
     return replace(program, leaves=tuple(leaves))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmaml import options as checks
 from fastmaml.executors.opaque import turn
 from fastmaml.maml import MAML
+from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.output import MetaOutput
 
 KEPT = 8
@@ -62,7 +63,7 @@ def _key(value: Any) -> Any:
         return Tensor, tuple(value.shape), tuple(value.flatten().tolist())
     if isinstance(value, (list, tuple)):
         return list, tuple(map(_key, value))
-    return (type(value), value) if value is None or isinstance(value, (str, int, float)) else (type(value), id(value))
+    return (type(value), value) if value is None or isinstance(value, (str, int, float, SGD, ImplicitGradient)) else (type(value), id(value))
 
 
 def _form(inner_lr: Any) -> Any:

@@ -16,6 +16,7 @@ from fastmaml.batch import TaskBatch
 from fastmaml.engine import TASK_RATE, Runner, Spec, support_bucket, warn_user, without_autocast
 from fastmaml.executors import BACKENDS, Executor
 from fastmaml.executors.call import Call, Results
+from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.output import MetaOutput, NonFiniteError, correct_of, gradient_of, per_task
 from fastmaml.program import CLASS_WEIGHT
 from fastmaml.prologue import Prologue
@@ -42,8 +43,10 @@ class MAML(Trained):
     inner_steps         K, from 0 to hundreds: activation memory does not grow with it
     loss, reduction     "cross_entropy" | "mse" | nn.CrossEntropyLoss(...) | nn.MSELoss(...); "mean" | "sum" | divisor (cbfinn: the shots)
     first_order         drop the Hessian-vector products (FOMAML)
+    meta_gradient       "unrolled" (through the inner steps) | "reptile" (theta - theta_K) | ``fastmaml.ImplicitGradient(lam=2.0, cg_steps=5)`` (iMAML)
     adapt               name pattern(s) of the parameters that the inner loop changes; other trainable ones are outer-learned only
     learn_inner_lr      make the rates parameters (Meta-SGD, LSLR), in the shape in which inner_lr is given
+    inner_optimizer     what turns gradients into steps, besides inner_lr: ``fastmaml.SGD(momentum=0.9, weight_decay=1e-4, max_norm=10.0)``; plain by default
     step_loss_weights   multi-step loss (MAML++): one weight per inner step, or one more in front for the loss before it
     batchnorm           "batch" (the default: statistics of each batch, query included) | "support" | "running" | "joint" (of support and query rows together,
                         for a body that is not adapted: learn2learn's ANIL; ``adapt`` has no query, and takes the support rows')
@@ -64,8 +67,10 @@ class MAML(Trained):
         loss: Any = "cross_entropy",
         reduction: str | float = "mean",
         first_order: bool = False,
+        meta_gradient: str | ImplicitGradient = "unrolled",
         adapt: str | list[str] = "*",
         learn_inner_lr: bool = False,
+        inner_optimizer: SGD | None = None,
         step_loss_weights: Any = None,
         batchnorm: str | None = None,
         parameterisation: str | families.Parameterisation = "full",
@@ -85,6 +90,7 @@ class MAML(Trained):
         view = ModelView(model, adapt, self.parameterisation)
         self.rates = InnerRates(inner_lr, {name: view.parameters[name] for name in view.adapted}, options.flag("learn_inner_lr", learn_inner_lr))
         self.rates.check_steps(self.inner_steps)
+        self.inner_optimizer = options.check_optimizer(inner_optimizer)
         self.step_loss_weights = step_loss_weights
         options.check_step_weights(step_loss_weights, self.inner_steps)
         self.batchnorm = None if batchnorm is None else options.one_of("batchnorm", batchnorm, options.BATCHNORM)
@@ -92,6 +98,8 @@ class MAML(Trained):
         self.memory = options.one_of("memory", memory, options.MEMORY)
         self.backend = options.one_of("backend", backend, BACKENDS)
         self.on_nonfinite = options.one_of("on_nonfinite", on_nonfinite, options.NONFINITE)
+        self.meta_gradient = meta_gradient
+        options.check_meta_gradient(self)
         self._start()
         self.parameterisation.belongs = True
 
@@ -173,11 +181,11 @@ class MAML(Trained):
 
     def plan(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> Any:
         """The Plan that a call with these tasks runs."""
-        return self._executor(TaskBatch.of(tasks), inner_steps, batchnorm, entry).plan
+        return self._executor(self._batch(tasks), inner_steps, batchnorm, entry).plan
 
     def memory_bytes(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> dict[str, int]:
         """Bytes by purpose that a call with these tasks lays out, beside the caller's tensors and the results: known before it runs."""
-        batch = TaskBatch.of(tasks)
+        batch = self._batch(tasks)
         return self._executor(batch, inner_steps, batchnorm, entry).memory(batch)
 
     def explain(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> str:
@@ -185,7 +193,7 @@ class MAML(Trained):
         from fastmaml import machine
         from fastmaml.plan.explain import explain
 
-        batch = TaskBatch.of(tasks)
+        batch = self._batch(tasks)
         executor = self._executor(batch, inner_steps, batchnorm, entry)
         in_flight = torch.get_num_threads() if executor.name == "cpu" else len(batch)
         head = f"parameterisation {self.parameterisation.signature}: {self._describe()}\n"
@@ -197,6 +205,12 @@ class MAML(Trained):
         found = {role: [name for name, kind in kinds.items() if kind.role == role] for role in ("adapted", "outer", "const")}
         words = {"adapted": "adapted", "outer": "outer-learned only", "const": "constant"}
         return "; ".join(f"{words[role]}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}" for role, names in found.items() if names)
+
+    def _batch(self, tasks: Any) -> TaskBatch:
+        """Reptile wants no query rows: of (support_x, support_y) the support rows stand in for them, to report a loss."""
+        if self.meta_gradient == "reptile" and isinstance(tasks, (tuple, list)) and len(tasks) == 2 and all(isinstance(v, Tensor) for v in tasks):
+            return options.support_batch(*tasks, None)
+        return TaskBatch.of(tasks)
 
     def _executor(self, batch: TaskBatch, inner_steps: Any, batchnorm: Any, entry: str) -> Executor:
         spec = self._spec(entry, inner_steps, batchnorm, batch)[0]
@@ -211,7 +225,9 @@ class MAML(Trained):
         if self.step_loss_weights is not None and entry in ("train", "evaluate"):
             weights, query_from = options.check_step_weights(self.step_loss_weights, steps)
         rows = None if batch is None else support_bucket(batch.support_sizes)
-        return Spec(entry, steps, self.loss, batchnorm, query_from, self.first_order, self.memory, self.backend, record, rows), weights
+        optimizer = options.check_optimizer(self.inner_optimizer)
+        options.check_meta_gradient(self)
+        return Spec(entry, steps, self.loss, batchnorm, query_from, self.first_order, self.memory, self.backend, record, rows, optimizer, self.meta_gradient), weights
 
     def _run(
         self,
@@ -229,7 +245,7 @@ class MAML(Trained):
         replay: Mapping | None = None,
     ) -> Ran:
         """``given``: tensors in the parameters' place. ``sinks``: add to ``.grad`` where the executor can. ``record``, ``replay``: see Call."""
-        batch = TaskBatch.of(tasks)
+        batch = self._batch(tasks)
         spec, step_weights = self._spec(entry, inner_steps, batchnorm, batch, record)
         weights = None if task_weights is None else options.check_task_weights(task_weights, len(batch))
         view = self._engine.view()
@@ -238,7 +254,7 @@ class MAML(Trained):
         options.check_inputs(batch, view.like, runner.opaque)
         options.check_targets(batch, self.loss, runner.output, outer=entry in ("halves", "adapt"))
         rates = self.rates.at(spec.steps, inner_lr, view)
-        numbers = self._numbers(step_weights, runner)
+        numbers = self._numbers(step_weights, spec, runner)
         strict = self.on_nonfinite == "raise"
         leaves, prologue = runner.leaf_values(given), None
         if runner.own:
@@ -253,10 +269,11 @@ class MAML(Trained):
         self._check_finite(results)
         return Ran(runner, call, results, view.parameters if given is None else given, prologue)
 
-    def _numbers(self, step_weights: list[float] | None, runner: Runner) -> dict[str, Tensor]:
-        out, like = {}, runner.view.like
+    def _numbers(self, step_weights: list[float] | None, spec: Spec, runner: Runner) -> dict[str, Tensor]:
+        like, numbers = runner.view.like, dict(spec.optimizer.numbers(spec.steps))
         if step_weights is not None:
-            out["step_weights"] = torch.tensor(step_weights, dtype=like.dtype, device=like.device)
+            numbers["step_weights"] = step_weights
+        out = {name: torch.tensor(values, dtype=like.dtype, device=like.device) for name, values in numbers.items()}
         if self.class_weight is not None:
             options.check_class_weight(self.class_weight, runner.output)
             out[CLASS_WEIGHT] = self.class_weight.to(like)
@@ -314,7 +331,7 @@ class MAML(Trained):
         return out
 
     def _call_outer(self, tasks: Any, settings: dict[str, Any], outer_loss: Any, given: Mapping[str, Tensor] | None, grad: bool) -> MetaOutput:
-        options.check_outer_loss(outer_loss, settings["task_weights"], self.step_loss_weights)
+        options.check_outer_loss(outer_loss, settings["task_weights"], self.step_loss_weights, self.meta_gradient)
         ran = self._run(tasks, "halves" if grad else "evaluate", given=given, **settings)
         ran.results.values.pop("loss.query", None)  # of the built-in loss, which is not asked for
         batch, out = ran.call.batch, MetaOutput(ran.call, ran.results)
@@ -351,4 +368,6 @@ class MAML(Trained):
             support_losses = torch.zeros(len(batch), 0).to(view.like)
         weights = {name: values[f"adapted.{name}"] for name in view.adapted if f"adapted.{name}" in values}
         others = {name: v.detach().clone() for name, v in ran.call.leaves.items() if name not in weights and not (name in ran.runner.own and name.startswith(TASK_RATE))}
+        for leaf in (leaf for leaf in ran.runner.program.leaves if leaf.per_step):  # the network after the last step
+            others[leaf.name] = others[leaf.name][max(ran.runner.plan.steps, 1) - 1]
         return AdaptedModel(predict, weights, others, batch, support_losses)

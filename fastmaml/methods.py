@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmaml.full import FirstOrderMAML, MAMLPlusPlus, MAMLPlusPlusSchedule, MetaSGD, Reptile, iMAML
 from fastmaml.leo import LEO
 from fastmaml.maml import MAML
 from fastmaml.mixture import MixtureMAML
@@ -25,14 +26,20 @@ __all__ = [
     "MMAML",
     "MTL",
     "ChannelScaleShift",
+    "FirstOrderMAML",
     "HeadOnly",
     "LowRankMAML",
+    "MAMLPlusPlus",
+    "MAMLPlusPlusSchedule",
     "MTNets",
+    "MetaSGD",
     "Mixture",
     "ProtoMAML",
+    "Reptile",
     "SubspaceMAML",
     "TNets",
     "ZeroHead",
+    "iMAML",
 ]
 
 Patterns = str | Sequence[str]

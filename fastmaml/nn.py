@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 __all__ = [
     "CNN4",
@@ -25,8 +27,10 @@ __all__ = [
     "OmniglotFC",
     "PyTorchMAMLConv",
     "SinusoidMLP",
+    "StepBatchNorm",
     "batchnorm",
     "conv4",
+    "per_step_batchnorm",
 ]
 
 # ------------------------------------------------------------------------------------------------------ building blocks
@@ -266,3 +270,57 @@ class HigherOmniglot(nn.Sequential):
     def __init__(self, ways: int = 5, filters: int = 64) -> None:
         options = dict(padding=0, pool=2, momentum=1.0, track_running_stats=True)
         super().__init__(_conv_layers(1, 28, ways, filters=filters, blocks=3, **options))
+
+
+# -------------------------------------------------------------------------------------------------------- MAML++
+
+
+class StepBatchNorm(nn.modules.batchnorm._NormBase):
+    """Batch normalisation with a gamma and a beta for each inner step (MAML++: Antoniou et al. 2019), [n, channels, ...] -> the same.
+
+    weight, bias   [steps, channels]: the support rows of step k read row k, the query rows after that step the same one. They are outer-learned and never
+                   adapted, whatever ``adapt=`` says.
+    step           the row that is read outside of MAML; the last one at first
+
+    The statistics are those of the batch, as in the authors' code, which keeps running ones for each step and never reads them.
+    """
+
+    def __init__(self, channels: int, steps: int, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps, affine=False, track_running_stats=False)
+        self.weight, self.bias = nn.Parameter(torch.ones(steps, channels)), nn.Parameter(torch.zeros(steps, channels))
+        self.steps, self.step = steps, steps - 1
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (torch.select(p, 0, self.step) for p in (self.weight, self.bias))
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, steps={self.steps}, eps={self.eps}"
+
+
+def per_step_batchnorm(model: nn.Module, steps: int) -> nn.Module:
+    """Puts a StepBatchNorm in the place of each BatchNorm1d and BatchNorm2d of ``model``, which is changed and returned; each row begins as their affine."""
+    for name, child in model.named_children():
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            like = next((p for p in child.parameters()), next(model.parameters(), torch.empty(0)))
+            norm = StepBatchNorm(child.num_features, steps, child.eps).to(like.device, like.dtype)
+            with torch.no_grad():
+                for mine, theirs in ((norm.weight, child.weight), (norm.bias, child.bias)):
+                    if theirs is not None:
+                        mine.copy_(theirs)
+            setattr(model, name, norm)
+        else:
+            per_step_batchnorm(child, steps)
+    return model
+
+
+def per_step_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that have a value for each inner step."""
+    found = {id(p) for m in model.modules() if isinstance(m, StepBatchNorm) for p in m.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in found}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmaml.batch import TaskBatch
+from fastmaml.nn import per_step_parameters
+from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.program import Loss
 
 LOSSES = ("cross_entropy", "mse")
@@ -17,6 +20,7 @@ BATCHNORM = ("batch", "support", "running", "joint")
 PRECISIONS = ("highest", "high", "medium")
 MEMORY = ("constant", "fast")
 NONFINITE = ("raise", "skip")
+META_GRADIENTS = ("unrolled", "reptile")
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
@@ -64,12 +68,22 @@ def parse_loss(loss: object, reduction: object) -> tuple[Loss, Tensor | None]:
     return Loss(name, reduction, smoothing, weight is not None), weight
 
 
+def check_optimizer(optimizer: object) -> SGD:
+    if optimizer is None:
+        return SGD()
+    if not isinstance(optimizer, SGD):
+        shown = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        raise TypeError(f"inner_optimizer is {shown}: expected fastmaml.SGD(momentum=..., weight_decay=..., ...), whose rate is inner_lr, or None for plain steps")
+    return optimizer
+
+
 def adapted_names(model: nn.Module, adapt: object) -> list[str]:
     """Names of the trainable parameters that match one of the patterns."""
     patterns = [adapt] if isinstance(adapt, str) else adapt
     if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"adapt={adapt!r}: expected a pattern of parameter names such as 'head.*', or a list of them")
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    per_step = per_step_parameters(model)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad and name not in per_step]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in trainable):
             frozen = [name for name, p in model.named_parameters() if not p.requires_grad and fnmatchcase(name, pattern)]
@@ -96,6 +110,25 @@ def check_model(model: object) -> nn.Module:
     if not parameters[0].is_floating_point() or parameters[0].dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"the model's parameters are {parameters[0].dtype}: use float32 (or float64); half precision loses the meta-gradient")
     return model
+
+
+def check_meta_gradient(maml: Any) -> None:
+    """Whether what the object asks for has the meta-gradient that it asks for."""
+    if maml.meta_gradient == "unrolled":
+        return
+    why = f"meta_gradient={maml.meta_gradient!r}"
+    if isinstance(maml.meta_gradient, ImplicitGradient):
+        if maml.first_order:
+            raise ValueError(f"{why} and first_order=True: the implicit meta-gradient is of second order; the query gradient alone is meta_gradient='unrolled'")
+    else:
+        one_of("meta_gradient", maml.meta_gradient, META_GRADIENTS)
+    if maml.rates.learn:
+        raise ValueError(f"{why} has no gradient of the inner rates: learn_inner_lr=True needs meta_gradient='unrolled'")
+    left = [name for name, p in maml.named_parameters() if p.requires_grad and name not in maml.rates.rates]
+    if left:
+        raise ValueError(f"{why} trains what the inner loop adapts, and adapt={maml.adapt_patterns!r} leaves out {left[0]!r}: adapt it, or freeze it (requires_grad_(False))")
+    if maml.step_loss_weights is not None:
+        raise ValueError(f"{why} does not look at the losses of the steps: step_loss_weights needs meta_gradient='unrolled'")
 
 
 def check_device(batch: TaskBatch, like: Tensor) -> None:
@@ -173,11 +206,13 @@ def check_class_weight(weight: Tensor, output: tuple[int, ...]) -> None:
         raise ValueError(f"loss=CrossEntropyLoss(weight=...) has weights of shape {list(weight.shape)}, the model {output[0]} outputs: give one weight per output")
 
 
-def check_outer_loss(outer_loss: object, task_weights: object, step_loss_weights: object) -> None:
+def check_outer_loss(outer_loss: object, task_weights: object, step_loss_weights: object, meta_gradient: str) -> None:
     if not callable(outer_loss):
         raise TypeError(f"outer_loss={outer_loss!r}: expected a function of (logits, query_y)")
     if task_weights is not None:
         raise ValueError("task_weights and outer_loss together: weigh the tasks inside outer_loss")
+    if meta_gradient == "reptile":
+        raise ValueError("meta_gradient='reptile' and outer_loss together: Reptile's gradient is theta - theta_K, whatever the outer loss")
     if step_loss_weights is not None:
         raise ValueError("step_loss_weights and outer_loss together: the multi-step loss needs one of the built-in losses")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch.func import functional_call
 
 from fastmaml import options
 from fastmaml.batch import TaskBatch
+from fastmaml.nn import StepBatchNorm
+from fastmaml.optimizers import ImplicitGradient
 
 Theta = Mapping[str, Tensor]
 
@@ -31,6 +33,8 @@ class PlainLoop:
         self.dtype = next(iter(self.parameters.values())).dtype
         self.support_rows: int | None = None  # while query rows run behind support rows
         for norm in self.model.modules():
+            if isinstance(norm, StepBatchNorm) and maml.batchnorm == "support":
+                norm.forward = functools.partial(self._support_norm, norm)
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.weight is None and norm.bias is not None:
                 del norm._parameters["weight"]  # torch's double backward fails for a beta without a gamma
                 norm.weight = torch.ones_like(norm.bias)
@@ -46,29 +50,83 @@ class PlainLoop:
         if self.maml.step_loss_weights is not None:
             weights, _ = options.check_step_weights(self.maml.step_loss_weights, self.steps)
         theta: Theta = self.parameters
+        velocity: dict[str, Tensor] = {}
         outer: Any = 0.0
         for k in range(self.steps + 1):
             if weights[k]:
+                self._at_step(max(k - 1, 0))
                 outer = outer + weights[k] * self._loss(self._query(theta, sx, qx), qy, t)
             if k < self.steps:
-                theta = self._step(theta, self._loss(self._logits(theta, sx), sy, t), k)
+                self._at_step(k)
+                theta = self._step(theta, self._loss(self._logits(theta, sx), sy, t), k, velocity)
+        if isinstance(self.maml.meta_gradient, ImplicitGradient) and self.steps:
+            return self._implicit(theta, (sx, sy, qx, qy), t)
+        if self.maml.meta_gradient == "reptile":
+            moved = {name: p - theta[name] for name, p in self.parameters.items() if name in self.wanted}
+            return outer.item(), {name: m.detach() for name, m in moved.items()}
         found = torch.autograd.grad(outer, list(self.wanted.values()), allow_unused=True)
         named = zip(self.wanted.items(), found, strict=True)
         return outer.item(), {name: torch.zeros_like(p) if g is None else g for (name, p), g in named}
 
+    def _implicit(self, theta: Theta, task: tuple[Tensor, ...], t: int) -> tuple[float, dict[str, Tensor]]:
+        """Conjugate gradient at the last theta: see ImplicitGradient."""
+        rule, (sx, sy, qx, qy) = self.maml.meta_gradient, task
+        theta = {name: v.detach().requires_grad_(name in self.wanted) for name, v in theta.items()}
+        names = list(self.wanted)
+        leaves = [theta[name] for name in names]
+        outer = self._loss(self._query(theta, sx, qx), qy, t)
+        r = torch.autograd.grad(outer, leaves)
+        inner = torch.autograd.grad(self._loss(self._logits(theta, sx), sy, t), leaves, create_graph=True)
+        x, p = [torch.zeros_like(v) for v in r], list(r)
+        for _ in range(rule.cg_steps):
+            found = torch.autograd.grad(inner, leaves, p, retain_graph=True)
+            a = [(1 + rule.cg_damping) * v + h / (rule.lam + rule.lam_damping) for v, h in zip(p, found, strict=True)]
+            rr, curvature = _dot(r, r), _dot(p, a)
+            alpha = rr / curvature if curvature else 0 * rr
+            x = [v + alpha * w for v, w in zip(x, p, strict=True)]
+            r = [v - alpha * w for v, w in zip(r, a, strict=True)]
+            beta = _dot(r, r) / rr if rr else 0 * rr
+            p = [v + beta * w for v, w in zip(r, p, strict=True)]
+        return outer.item(), dict(zip(names, x, strict=True))
+
+    def _at_step(self, k: int) -> None:
+        for norm in self.model.modules():
+            if isinstance(norm, StepBatchNorm):
+                norm.step = k
+
     def _cast(self, v: Tensor) -> Tensor:
         return v.to(self.dtype) if v.is_floating_point() or v.dtype is torch.uint8 else v
 
-    def _step(self, theta: Theta, loss: Tensor, k: int) -> Theta:
+    def _step(self, theta: Theta, loss: Tensor, k: int, velocity: dict[str, Tensor]) -> Theta:
         rates, values = self.maml.rates.rates, self.maml.rates.tensors(self.steps)
         inputs = [theta[name] for name in rates]
-        grads = torch.autograd.grad(loss, inputs, create_graph=not self.maml.first_order, allow_unused=True)
+        found = torch.autograd.grad(loss, inputs, create_graph=not self.maml.first_order, allow_unused=True)
+        grads = {name: g for name, g in zip(rates, found, strict=True) if g is not None}
+        if isinstance(self.maml.meta_gradient, ImplicitGradient):
+            grads = {name: g + self.maml.meta_gradient.lam * (theta[name] - self.parameters[name]) for name, g in grads.items()}
         moved = {}
-        for (name, rate), g in zip(rates.items(), grads, strict=True):
-            if g is not None:
-                value = values[rate.name]
-                moved[name] = theta[name] - (value[k] if rate.per_step else value) * g
+        for name, s in self._moves(theta, grads, velocity).items():
+            value = values[rates[name].name]
+            moved[name] = theta[name] - (value[k] if rates[name].per_step else value) * s
         return {**theta, **moved}
+
+    def _moves(self, theta: Theta, grads: Theta, velocity: dict[str, Tensor]) -> Theta:
+        """The gradients as the inner optimizer has them: clipped, with weight decay and momentum."""
+        rule, out = options.check_optimizer(self.maml.inner_optimizer), {}
+        if rule.max_norm is not None:
+            norm = torch.stack([g.norm() for g in grads.values()]).norm()
+            scale = (rule.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            grads = {name: scale * g for name, g in grads.items()}
+        for name, g in grads.items():
+            if rule.clip_value is not None:
+                g = g.clamp(-rule.clip_value, rule.clip_value)
+            g = g + rule.weight_decay * theta[name] if rule.weight_decay else g
+            if rule.momentum:
+                v = rule.momentum * velocity[name] + (1 - rule.dampening) * g if name in velocity else g
+                velocity[name] = v
+                g = g + rule.momentum * v if rule.nesterov else v
+            out[name] = g
+        return out
 
     def _logits(self, theta: Theta, x: Tensor) -> Tensor:
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # running statistics stay as they are
@@ -86,8 +144,9 @@ class PlainLoop:
         """batchnorm="support": all rows, normalised by the statistics of the support rows."""
         var, mean = torch.var_mean(x[: self.support_rows], (0, *range(2, x.dim())), correction=0, keepdim=True)
         out, shape = (x - mean) * (var + norm.eps).rsqrt(), (-1, *[1] * (x.dim() - 2))
-        out = out if norm.weight is None else out * norm.weight.view(shape)
-        return out if norm.bias is None else out + norm.bias.view(shape)
+        weight, bias = (p[norm.step] if isinstance(norm, StepBatchNorm) else p for p in (norm.weight, norm.bias))
+        out = out if weight is None else out * weight.view(shape)
+        return out if bias is None else out + bias.view(shape)
 
     def _loss(self, logits: Tensor, y: Tensor, t: int) -> Tensor:
         loss, ways = self.maml.loss, self.batch.ways
@@ -100,3 +159,7 @@ class PlainLoop:
             smoothing = loss.label_smoothing
             out = F.cross_entropy(logits, y.long(), weight, reduction=reduction, label_smoothing=smoothing)
         return out if isinstance(loss.reduction, str) else out / loss.reduction
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return sum((x * y).sum() for x, y in zip(a, b, strict=True))

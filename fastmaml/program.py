@@ -38,6 +38,7 @@ class Leaf:
     role: str
     home: str = "meta"  # "meta": one for all tasks; "task": one per task
     learned: bool = True  # of an adapted leaf: whether anybody asks for the gradient of its initial value
+    per_step: bool = False  # another value at each inner step; the outer loss at theta_k reads that of the step before
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from inner_sgd import moves
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmaml import TaskBatch
+from fastmaml import SGD, TaskBatch
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,7 @@ def plain_loop(
     outer: Callable[[Any, Any], Tensor] | None = None,
     batchnorm: str | None = None,
     learned: Mapping[str, Tensor] | None = None,
+    optimizer: SGD | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Truth:
     """The meta-gradient by torch.autograd.grad with create_graph, on a copy of ``model`` in ``dtype``.
@@ -72,12 +74,13 @@ def plain_loop(
         for t in range(len(batch)):
             sx, sy, qx, qy = (_cast(v, dtype) for v in batch.task(t))
             cut = slice(None) if batch.ways is None else slice(int(batch.ways[t]))
-            theta, inner_losses = parameters, []
+            theta, inner_losses, velocity = parameters, [], {}
             trajectory = [theta]
             for k in range(steps):
                 inner = loss(_call(model, theta, sx)[:, cut], sy)
                 grads = torch.autograd.grad(inner, [theta[n] for n in names], create_graph=not first_order, allow_unused=True)
-                moved = {n: theta[n] - rate(n, k) * g for n, g in zip(names, grads, strict=True) if g is not None}
+                found = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
+                moved = {n: theta[n] - rate(n, k) * d for n, d in moves(optimizer or SGD(), theta, found, velocity).items()}
                 theta = {**theta, **moved}
                 trajectory.append(theta)
                 inner_losses.append(inner.detach())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
+from fastmaml.optimizers import SGD
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan
 from fastmaml.program import CLASS_WEIGHT, Loss, Program, ProgramBuilder
 
@@ -74,7 +75,8 @@ class Case:
             return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
         options.setdefault("task_weights", self.task_weights)
-        numbers = cast(self.leaves), cast(self.rates), cast(self.weights)
+        scheduled = {n: torch.tensor(v, dtype=torch.float64) for n, v in self.arrangement.optimizer.numbers(self.arrangement.steps).items()}
+        numbers = cast(self.leaves), cast(self.rates), cast({**self.weights, **scheduled})
         return Call(self.batch, *numbers, **options)
 
     def truth(self, dtype: torch.dtype = torch.float64, outer=None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -395,6 +397,22 @@ def numbers_for(program: Program, a: Arrangement, seed: int, sizes, ways=None, r
     return Case(program, a, leaves, rates, TaskBatch.from_tasks(tasks, None if a.loss.name == "mse" else ways), weights)
 
 
+def random_optimizer(rng: random.Random) -> SGD:
+    if rng.random() < 0.5:
+        return SGD()
+    momentum = rng.choice([0.0, 0.9, 0.5])
+    nesterov = momentum > 0 and rng.random() < 0.4
+    kind = rng.choice(["none", "none", "norm", "norm", "value"])
+    return SGD(
+        momentum=momentum,
+        dampening=0.0 if nesterov else rng.choice([0.0, 0.3]),
+        nesterov=nesterov,
+        weight_decay=rng.choice([0.0, 0.0, 0.1]),
+        max_norm=rng.choice([0.3, 3.0]) if kind == "norm" else None,
+        clip_value=rng.choice([0.03, 0.3]) if kind == "value" else None,
+    )
+
+
 def random_case(rng: random.Random, conv: bool = False, native: bool = False, **changes: object) -> Case:
     network = Network(rng, conv, native)
     program = network.program
@@ -415,4 +433,4 @@ def random_case(rng: random.Random, conv: bool = False, native: bool = False, **
     if rng.random() < 0.3:
         generator = torch.Generator().manual_seed(len(sizes))
         case = replace(case, task_weights=torch.rand(len(sizes), dtype=torch.float64, generator=generator))
-    return case
+    return case if "optimizer" in changes else replace(case, arrangement=replace(a, optimizer=random_optimizer(rng)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from inner_sgd import moves
 
 from fastmaml.plan import Arrangement
 from fastmaml.program import CLASS_WEIGHT, Loss, Program
@@ -115,16 +116,16 @@ def meta_loss(program: Program, a: Arrangement, leaves, rates, batch, step_weigh
             return outer(logits, qy) if outer else loss_of(a.loss, logits, qy, class_weight, ways)
 
         theta = {name: leaves[name] for name in adapted}
-        states = [theta]
+        states, velocity = [theta], {}
         for k in range(a.steps):
             live = {n: v if v.requires_grad else v.clone().requires_grad_() for n, v in theta.items()}
             inner = loss_of(a.loss, evaluate(program, {**leaves, **live}, sx), sy, class_weight, ways)
             grads = torch.autograd.grad(inner, list(live.values()), create_graph=not a.first_order, allow_unused=True)
-            new = {}
-            for (n, v), g in zip(live.items(), grads, strict=True):
+            found = {n: g.detach() if a.first_order else g for n, g in zip(live, grads, strict=True) if g is not None}
+            new = dict(live)
+            for n, d in moves(a.optimizer, live, found, velocity).items():
                 rate = rates[a.rates[n].name]
-                rate = rate[k] if a.rates[n].per_step else rate
-                new[n] = v if g is None else v - rate * (g.detach() if a.first_order else g)
+                new[n] = live[n] - (rate[k] if a.rates[n].per_step else rate) * d
             theta = new
             states.append(theta)
         if a.query_from is None:

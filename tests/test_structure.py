@@ -18,6 +18,7 @@ from test_cpu_executor import net_case, ragged_case
 from fastmaml import _cpu
 from fastmaml.executors.cpu import CpuExecutor
 from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
+from fastmaml.optimizers import ImplicitGradient
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan
 from fastmaml.program import OPS, Loss, ProgramBuilder
 
@@ -27,13 +28,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom to the top. A module imports from its own room and from the rooms below it.
 ROOMS = (
-    {"program", "batch"},
+    {"program", "batch", "optimizers"},
     {"nn", "_trace", "trace", "files", "tasks", "machine", "options", "watch"},
     {"plan", "parameterisation", "rates"},
     {"executors"},
     {"autograd", "adapted", "engine", "output", "plain_loop", "prologue", "state"},
     {"maml", "diagnostics"},
-    {"functional", "leo", "mixture"},
+    {"full", "functional", "leo", "mixture"},
     {"methods"},
     {"training", "compat", "cli", "__main__", "__init__"},
 )
@@ -190,6 +191,9 @@ def test_every_native_kernel_is_reached_by_some_plan() -> None:
     for case in (net_case("omniglot-fc-factored", tasks=1), ragged_case("factored")):
         reached |= lowered(case.plan(), 13, 15) | lowered(case.plan(memory="fast"), 13, 15)
     reached |= lowered(joint_body_plan())
+    case = net_case("mlp", tasks=1)
+    fixed = {name: Rate("lr") for name in case.arrangement.rates}
+    reached |= lowered(case.plan(rates=fixed, meta_gradient=ImplicitGradient()), 13, 15)
     declared = (CSRC / "include/fastmaml/kernels.h").read_text()
     assert sorted(re.findall(r"\bK\((\w+)\)", declared)) == sorted(_cpu.kernels())
     assert not set(_cpu.kernels()) - reached

@@ -1,4 +1,4 @@
-"""sgd, axpy, scale, add, zero, copy: over whole arrays and row by row; join_rows, support_rows and query_rows."""
+"""sgd, its clips, dot, ratio, axpy, scale, add, zero, copy: over whole arrays and row by row; join_rows, support_rows and query_rows."""
 
 from __future__ import annotations
 
@@ -68,6 +68,52 @@ def test_sgd_bwd_rate(tier: str, acc: bool) -> None:
 
 
 @tiers
+def test_clip_value(tier: str) -> None:
+    """The bound itself passes, as torch's clamp has it; NaN is no number of any bound."""
+    bound = exact(0.8)
+    for n in FLOATS:
+        g = normal(n, seed=1)
+        g[: n // 3] = bound
+        g[n // 3 : n // 2] = -bound
+        attrs = {"bound": bound}
+        check(Case("clip_value_fwd", [vector(g)], [out("vector", n)], 1, [n], [bound], attrs), tier, 0)
+        check(Case("clip_value_bwd", [vector(g), array(n, 2)], [out("vector", n)], 1, [n], [bound], attrs), tier, 0, 1)
+    (c,) = Case("clip_value_fwd", [vector(torch.tensor([torch.nan, torch.inf]))], [out("vector", 2)], 1, [2], [bound]).run(tier)
+    assert c[0].isnan() and c[1] == bound
+
+
+@tiers
+@pytest.mark.parametrize("acc", [True, False], ids=["acc", "no_acc"])
+def test_dot(tier: str, acc: bool) -> None:
+    with Pool() as pool:
+        for n in (*FLOATS, 20000):
+            inputs = [array(n, 1), array(n, 2), vector(torch.tensor([RATE])) if acc else None]
+            made = Case("dot_fwd", inputs, [out("vector", 1)], 1, [n])
+            made.formula = lambda task, attrs, x, y, a: (x * y).sum().reshape(1) + (0 if a is None else a)
+            (whole,) = made.check(tier, (), pool=pool)
+            if acc:
+                made.outputs = [out("vector", 1, over=2)]
+                assert torch.equal(made.run(tier, None, 3)[0], whole)
+
+
+@tiers
+@pytest.mark.parametrize("y", [3.0, -0.5, 0.0])
+def test_ratio(tier: str, y: float) -> None:
+    made = Case("ratio_fwd", [vector(torch.tensor([RATE])), vector(torch.tensor([y]))], [out("vector", 1)], 1, [])
+    (ratio,) = made.check(tier, ())
+    assert (ratio == 0) == (y == 0)
+
+
+@tiers
+@pytest.mark.parametrize("square", [0.0, 1e-20, 0.25, 1.0, 4.0, 1e8])
+def test_clip_norm(tier: str, square: float) -> None:
+    inputs, attrs = [vector(torch.tensor([exact(square)]))], {"max_norm": 0.5}
+    made = Case("clip_norm_fwd", inputs, [out("vector", 1), out("vector", 1)], 1, [], [0.5], attrs)
+    scale, slope = made.check(tier, ())
+    assert bool(scale < 1) == bool(slope < 0) == (square >= 0.25)  # 0.5 / (0.5 + 1e-6) < 1
+
+
+@tiers
 @signs
 @scales
 def test_axpy_and_scale(tier: str, sign: float, scale: float | None) -> None:
@@ -121,6 +167,17 @@ def test_axpy_rows(tier: str, sign: float, scale: float | None) -> None:
         inputs = [rows(normal(n, c, seed=1)), rows(normal(n, c, seed=2)), scalar(scale)]
         made = Case("axpy_rows_fwd", inputs, [out("rows", n, c)], n, [c], [sign], formula=axpy)
         check(made, tier, 0, 1)
+
+
+@tiers
+@signs
+@scales
+def test_scale_rows(tier: str, sign: float, scale: float | None) -> None:
+    def times(task, attrs, x: Tensor, by: Tensor | None) -> Tensor:
+        return sign * (x if by is None else by * x)
+
+    for n, c in SHAPES:
+        check(Case("scale_rows_fwd", [rows(normal(n, c)), scalar(scale)], [out("rows", n, c)], n, [c], [sign], formula=times), tier, 0)
 
 
 @tiers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastmaml._trace import layers, pooling  # noqa: F401  (they fill the table of rules)
 from fastmaml._trace.rules import QUERIES, UNREAD_GETTERS, VIEWS, Refusal, refusal_of, rule_of
+from fastmaml.nn import per_step_parameters
 from fastmaml.program import Op, ProgramBuilder
 
 
@@ -66,9 +68,13 @@ class Recorder(TorchFunctionMode):
         self._made: dict[int, Op] = {}
         self._leaves: dict[int, int] = {}
         self._buffers = {id(buffer): (name, buffer) for name, buffer in model.named_buffers()}
+        per_step = per_step_parameters(model)
         for name, parameter in model.named_parameters():
             role = "outer" if parameter.requires_grad else "const"
-            self._leaves[id(parameter)] = self.builder.leaf(name, tuple(parameter.shape), role)
+            shape = tuple(parameter.shape)
+            self._leaves[id(parameter)] = self.builder.leaf(name, shape[1:] if name in per_step else shape, role)
+            if name in per_step:
+                self.builder.leaves[-1] = replace(self.builder.leaves[-1], per_step=True)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         norms = [norm for norm in norms if norm.running_mean is not None]
         self.layer_statistics = {id(norm.running_mean) for norm in norms}
@@ -160,6 +166,9 @@ class Recorder(TorchFunctionMode):
     def producer(self, value: int) -> Op | None:
         """The op that made the value; None for the input and leaves."""
         return self._made.get(value)
+
+    def is_per_step(self, value: int) -> bool:
+        return any(leaf.value == value and leaf.per_step for leaf in self.builder.leaves)
 
     def is_rows(self, value: int) -> bool:
         return self.builder.values[value].rows

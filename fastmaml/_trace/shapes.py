@@ -136,6 +136,15 @@ def transposed(r: Recorder, value: int) -> int:
     return made.inputs[0] if made is not None and made.name == "transpose" else r.op("transpose", value)
 
 
+@rule("select")
+def select(r: Recorder, input: Any, dim: Any, index: Any) -> int:
+    """Of a parameter per step the one of the step that runs."""
+    value = r.use(input)
+    if r.is_per_step(value):
+        return value
+    return getitem(r, input, (*[slice(None)] * (dim % len(r.full_shape(value))), index))
+
+
 @rule("__getitem__")
 def getitem(r: Recorder, input: Any, index: Any) -> int:
     value = r.use(input)

@@ -88,8 +88,10 @@ def same_layout(instr: Instruction, buffers: Buffers) -> list[Operand]:
         return [instr.inputs[0], instr.inputs[1], *instr.outputs]
     if instr.kernel == "scale_fwd":
         return [instr.inputs[0], *instr.outputs]
-    if instr.kernel in ("copy_fwd", "add_fwd"):
+    if instr.kernel in ("copy_fwd", "add_fwd") or instr.kernel.startswith("clip_value_"):
         return [*instr.inputs, *instr.outputs]
+    if instr.kernel == "dot_fwd":
+        return [*instr.inputs[:2]]
     return []
 
 
@@ -288,6 +290,22 @@ def _sgd_rows(instr: Instruction, buffers: Buffers) -> Native:
     return Native(instr.kernel.replace("sgd_", "sgd_rows_"), refs, (width,))
 
 
+def _clip_value(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), (_width(instr.inputs[0], buffers),), (instr.attrs["bound"],))
+
+
+def _clip_norm(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), (), (instr.attrs["max_norm"],))
+
+
+def _ratio(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs))
+
+
+def _dot(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), (_width(instr.inputs[0], buffers),))
+
+
 def _factored(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     refs = (*instr.inputs, *instr.outputs)
     rows = {"support": 1, "query": 2, "joint": 3}
@@ -436,6 +454,10 @@ _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
     "cross_entropy": _loss,
     "mse": _loss,
     "sgd": _sgd,
+    "clip_value": _clip_value,
+    "clip_norm": _clip_norm,
+    "dot": _dot,
+    "ratio": _ratio,
     **{name: _array for name in ("axpy", "scale", "zero", "copy")},
     "join_rows": _move,
     "support_rows": _move,

@@ -26,6 +26,7 @@ ROWS = {None: 0, "support": 1, "query": 2, "joint": 3}
 
 
 SCRATCH = ("conv2d_",)  # kernels that need it
+ARRAYS = ("sgd_fwd", "sgd_bwd", "sgd_bwd_rate", "clip_value_fwd", "clip_value_bwd", "dot_fwd", "axpy_fwd", "scale_fwd", "add_fwd", "zero_fwd", "copy_fwd")
 
 
 def pad(n: int, to: int = LANE) -> int:
@@ -181,7 +182,7 @@ class Lowering:
         """Elementwise kernels walk the stored floats (packed arrays have padding of their own); row copies say what is padded."""
         if call.kernel == "sgd_bwd_rate" and len(call.sizes) == 3:
             return call
-        if call.kernel in ("sgd_fwd", "sgd_bwd", "sgd_bwd_rate", "axpy_fwd", "scale_fwd", "add_fwd", "zero_fwd", "copy_fwd"):
+        if call.kernel in ARRAYS:
             ref = next(ref for ref in call.operands if ref is not None)
             scalar = (1,) if call.kernel in ("axpy_fwd", "scale_fwd") and self.buffers[ref.buffer].shape == () else ()
             return replace(call, sizes=(self._floats(self.buffers[ref.buffer]), *call.sizes[1:], *scalar))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastmaml.nn import per_step_parameters
 from fastmaml.plan.instructions import Plan
 from fastmaml.program import Program, ProgramBuilder
 
@@ -64,6 +65,9 @@ def opaque_program(model: nn.Module, sample: Tensor, batchnorm: str | None) -> P
     """A Program with one op for the whole ``model``. ``sample`` [n, ...]: a row of it is run, to learn the shape of the output."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("a scripted module hides its parameters: pass the nn.Module that it was made from")
+    per_step = per_step_parameters(model)
+    if per_step:
+        raise ValueError(f"{sorted(per_step)[0]!r} has a value per inner step, which needs a model that can be traced; this one runs on the autograd executor")
     function, parameters = Opaque(model, batchnorm), dict(model.named_parameters())
     rows = inputs_of(sample[[0, -1]], next(iter(parameters.values())).dtype)
     try:

@@ -43,6 +43,7 @@ class Rewriter:
         self._leaves: dict[str, int] = {}
         for leaf in source.leaves:
             self._new(leaf.name, source.values[leaf.value].shape, kinds.get(leaf.name, Kind("const")))
+            self.builder.leaves[-1] = replace(self.builder.leaves[-1], per_step=leaf.per_step)
         for name, shape in own.items():
             self._new(name, shape, kinds[name])
         self._read = {leaf.name for leaf in source.leaves}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.program import Loss
 
 ENTRIES = ("train", "halves", "evaluate", "adapt", "predict")
@@ -29,6 +30,8 @@ class Arrangement:
     rates         the Rate of each adapted leaf, by name
     query_from    None: the outer loss reads theta_K alone; k: it is the weighted sum of the losses of theta_k .. theta_K (multi-step loss)
     support_rows  rows of the largest support set, where known: layers with more inputs are factored (see rewrite.py)
+    optimizer     what turns gradients into steps
+    meta_gradient unrolled: through every inner step | reptile: theta_0 - theta_K | an ImplicitGradient
     record_masks  keep ReLU masks and pooling indices of every task, to replay them in float64
     """
 
@@ -41,3 +44,5 @@ class Arrangement:
     memory: str = "constant"
     record_masks: bool = False
     support_rows: int | None = None
+    optimizer: SGD = SGD()
+    meta_gradient: str | ImplicitGradient = "unrolled"

@@ -11,7 +11,7 @@ def levels(program: Program, entry: str) -> dict[int, str]:
     """"step" where an adapted leaf is involved, else "task" where samples (or leaves of a task) are, else "meta"."""
     level = {program.input: "task"}
     for leaf in program.leaves:
-        level[leaf.value] = "step" if leaf.role == "adapted" else leaf.home
+        level[leaf.value] = "step" if leaf.role == "adapted" or leaf.per_step else leaf.home
     for op in program.ops:
         level[op.output] = max((level[v] for v in op.inputs if v is not None), key=RANK.__getitem__)
     if entry != "predict" and level[program.output] != "step":

@@ -68,7 +68,7 @@ class Epilogue(Frame):
         meta = self.meta
         meta.want([leaf.value for leaf in self.program.leaves if leaf.role == "outer" and leaf.home == "meta"])
         for leaf in (leaf for leaf in self.adapted if leaf.learned and not self._is_factor(leaf)):  # a factor begins at zero: nothing to learn
-            sources[leaf.value] = Ref(f"theta_bar.{leaf.name}")
+            sources[leaf.value] = self._solution(leaf) if self.implicit else Ref(f"theta_bar.{leaf.name}")
         for v, source in sources.items():
             shape, leaf = self.program.values[v].shape, self.leaf_of.get(v)
             if leaf and leaf.home == "task":
@@ -76,7 +76,7 @@ class Epilogue(Frame):
                 continue
             tied = v in self.summed or any(v in op.inputs for op in self.ops["meta"])  # also read by an expression: the parts are added below
             name = f"grad.{leaf.name}" if leaf and not tied else f"sum.{v}"
-            self._buffer(name, shape, home="meta")
+            self._buffer(name, shape, home="meta", steps=self._steps_of(v))
             self.reductions.append(Reduction(source, name))
             meta.bar[v] = Ref(name)
         for v, refs in self.summed.items():
@@ -91,20 +91,19 @@ class Epilogue(Frame):
                     meta.place(meta.bar[leaf.value], Ref(name))
                 self.results[name] = None
         self.segments["epilogue_meta"] = self._take(meta)
-        first = "query" if self.a.entry == "train" else "query_reverse"
         for rate in self.learned:
             acc = self._rate_bar(rate) if self.steps else None
             if acc is not None:
                 name = f"grad.{rate.name}"
                 if rate.home == "task":
                     self._result(name, rate.shape, "finish", acc)
-                    self.segments[first].append(Instruction("zero_fwd", (), (acc,)))
+                    self.segments[self._first_query].append(Instruction("zero_fwd", (), (acc,)))
                     continue
                 self._buffer(name, rate.shape, home="meta", steps=self.steps if rate.per_step else 0)
                 self.reductions.append(Reduction(acc, name))
                 self.results[name] = None
                 if not rate.per_step:
-                    self.segments[first].append(Instruction("zero_fwd", (), (acc,)))
+                    self.segments[self._first_query].append(Instruction("zero_fwd", (), (acc,)))
 
 
 def _at_home(buffer: Buffer, home: str) -> Buffer:

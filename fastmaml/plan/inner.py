@@ -1,4 +1,4 @@
-"""Forward over the inner steps: the prologue, and at each step the gradient on the support rows and the update."""
+"""Forward over the inner steps: the prologue, and at each step the gradient on the support rows. The update is in update.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastmaml.plan.passes import Pass
 
 
 class Inner(Frame):
-    """prologue, gradient, update."""
+    """prologue, gradient."""
 
     def _prologue(self) -> None:
         self.meta = self._pass("meta", self.ops["meta"], "query")
@@ -38,7 +38,9 @@ class Inner(Frame):
             elif leaf.name in self.in_place:
                 self.segments["prologue"].append(Instruction("copy_fwd", (Ref(leaf.name),), (Ref(f"theta.{leaf.name}"),)))
         differentiable = differentiable_values(self.program)
+        self.segments["prologue"] += self.update.begin() if self.steps else []
         self.zeta = [v for v in self._consumed(self.ops["step"], ("meta", "task")) if v in differentiable]
+        self.zeta += [leaf.value for leaf in self.program.leaves if leaf.per_step and leaf.role == "outer"]
 
     def _split_features(self) -> None:
         """Of a body that ran over support and query together: each extent's rows of what the inner loop reads."""
@@ -77,21 +79,15 @@ class Inner(Frame):
         p.emit(f"{self.a.loss.name}_fwd", operands, (loss, None), **self._loss_attrs())
         p.add_bar(self.program.output, lambda d: p.emit(f"{self.a.loss.name}_bwd", (*operands, None), (d,), **self._loss_attrs()))
         backward(p)
-        keep = self._keeps_gradient()
+        steps = self.steps if self.update.keeps_gradient else 0
         for leaf in self.adapted:
-            steps = self.steps if keep else 0
             g = self._buffer(f"g.{leaf.name}", self.program.values[leaf.value].shape, self._rows(leaf), home="run", steps=steps)
             p.place(p.bar.get(leaf.value), g)
+        for v in (v for v in self.zeta if self._steps_of(v) and self.trains):  # on the way back only one step, and the query after it, add to a slot
+            p.emit("zero_fwd", (), (self._buffer(self._zeta_name(v, "support"), self.program.values[v].shape, home="run", steps=self.steps),))
         self.gradient = p
         self.deltas = {v: p.bar[op.output] for v, op in self.rolled.items()}
         self.kept_inputs = {v: p.value[v] for v in rollback.inputs_to_keep(self.program, self.rolled)}
         for ref in (*self.deltas.values(), *self.kept_inputs.values()):
             self.buffers[ref.buffer] = replace(self.buffers[ref.buffer], home="run", steps=self.steps)
         self.segments["gradient"] = self._take(p)
-
-    def _update(self) -> None:
-        update = []
-        for leaf in self.adapted:
-            inputs = (self._theta(leaf.name), Ref(f"g.{leaf.name}"), Ref(self.a.rates[leaf.name].name))
-            update.append(Instruction("sgd_fwd", inputs, (self._theta(leaf.name, 1),)))
-        self.segments["update"] = update

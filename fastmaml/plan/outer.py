@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastmaml.plan.differentiate import backward, forward
 from fastmaml.plan.frame import Frame
-from fastmaml.plan.instructions import Ref
+from fastmaml.plan.instructions import Instruction, Ref
 from fastmaml.plan.passes import Pass
 
 
 class Outer(Frame):
-    """query, query_reverse, query_step."""
+    """query, query_reverse, query_step; reptile."""
 
     def _query(self, name: str, gradients: bool) -> None:
         """The outer loss at one theta. "query" and "query_reverse" begin theta_bar and zeta_bar, "query_step" adds to them."""
@@ -25,9 +25,12 @@ class Outer(Frame):
             for v in self.zeta:
                 spec = self.program.values[v]
                 rows = extent if spec.rows else None
-                acc = self._buffer(self._zeta_name(v, extent), spec.shape, rows, home="run")
+                acc = self._buffer(self._zeta_name(v, extent), spec.shape, rows, home="run", steps=self._steps_of(v))
                 self.accumulators[v] = acc
-                self._begin_or_add(p, v, acc, begin=name != "query_step")
+                if self._steps_of(v):
+                    self._begin_or_add(p, v, Ref(acc.buffer, -1), begin=False)
+                else:
+                    self._begin_or_add(p, v, acc, begin=name != "query_step")
                 if spec.rows and self.second_order and extent != "support":  # the HVP reads the support rows' own prefix
                     inner = self._buffer(self._zeta_name(v, "support"), spec.shape, "support", home="run")
                     if name != "query_step":
@@ -78,3 +81,8 @@ class Outer(Frame):
         else:
             p.bar[self.program.output] = dlogits
         backward(p)
+
+    def _reptile(self) -> None:
+        """theta_bar = theta_0 - theta_K (Nichol et al. 2018)."""
+        pairs = ((Ref(leaf.name), self._theta(leaf.name), Ref(f"theta_bar.{leaf.name}")) for leaf in self.adapted)
+        self.segments["reptile"] = [Instruction("axpy_fwd", (first, last, None), (bar,), {"sign": -1.0}) for first, last, bar in pairs]

@@ -17,29 +17,22 @@ class Reverse(Frame):
 
     def _reverse(self) -> None:
         """update_bwd and hvp: one step back, from theta_bar_{k+1} to theta_bar_k."""
-        update_bwd, direction = [], {}
-        for leaf in self.adapted:
-            theta_bar, rate = Ref(f"theta_bar.{leaf.name}"), Ref(self.a.rates[leaf.name].name)
-            if self.shared_rate:
-                direction[leaf.value] = theta_bar
-            elif self.second_order:
-                direction[leaf.value] = u = self._buffer(
-                    f"u.{leaf.name}", self.program.values[leaf.value].shape, self._rows(leaf), home="run"
-                )
-                update_bwd.append(Instruction("sgd_bwd", (theta_bar, rate), (u,)))
-        if self._keeps_gradient():
-            update_bwd += self._rate_gradients()
-        self.segments["update_bwd"] = update_bwd
+        self.segments["update_bwd"] = self._rate_gradients() if self.update.kept_rates else []
+        direction = {leaf.value: Ref(f"theta_bar.{leaf.name}") for leaf in self.adapted}
+        if not self.shared_rate:
+            back, direction = self.update.reverse()
+            self.segments["update_bwd"] += back
+            self.segments[self._first_query] += self.update.begin_reverse()
         if self.second_order:
             self._hvp(direction)
 
     def _rate_gradients(self) -> list[Instruction]:
-        """rate_bar_k += -theta_bar_{k+1} * g_k, elementwise or as a dot product."""
+        """rate_bar_k += -theta_bar_{k+1} * s_k, elementwise or as a dot product; s_k: what the rate is multiplied with, g_k of plain steps."""
         out, begun = [], set()
         for leaf in self.adapted:
             rate = self.a.rates[leaf.name]
             if rate.learned:
-                operands = (Ref(f"theta_bar.{leaf.name}"), Ref(f"g.{leaf.name}"))
+                operands = (Ref(f"theta_bar.{leaf.name}"), self.update.moved(leaf))
                 acc, attrs = self._rate_bar(rate), {"per_element": rate.shape != ()}
                 if rate.per_step and rate not in begun:  # a slot of its own: nothing to add to
                     out.append(Instruction("sgd_bwd_rate", (*operands, None), (acc,), attrs))
@@ -51,10 +44,7 @@ class Reverse(Frame):
     def _hvp(self, direction: dict[int, Ref]) -> None:
         g = self.gradient
         p = self._pass("hvp", self.ops["step"], "support")
-        p.saved = {key: ref for key, ref in g.saved.items() if key[1] != "graph"}
-        if self.keeps_values:
-            p.value |= g.value
-            p.bar, p.bar_sums, p.bars_given = dict(g.bar), dict(g.bar_sums), True
+        self._follow(p, g)
         p.dot = dict(direction)
         p.value |= self.kept_inputs
         leaves = {leaf.value: (self._theta(leaf.name), Ref(self.a.rates[leaf.name].name)) for leaf in self.adapted if leaf.name in self.in_place}
@@ -76,6 +66,13 @@ class Reverse(Frame):
                 acc = Ref(self._zeta_name(v, "support"))
                 p.emit("axpy_fwd", (acc, p.bar_dot[v], scale), (acc,), sign=sign)
         self.segments["hvp"] = order(self._take(p))
+
+    def _follow(self, p: Pass, g: Pass) -> None:
+        """What ``g`` has found out at the same theta."""
+        p.saved = {key: ref for key, ref in g.saved.items() if key[1] != "graph"}
+        if self.keeps_values:
+            p.value |= g.value
+            p.bar, p.bar_sums, p.bars_given = dict(g.bar), dict(g.bar_sums), True
 
     def _make_again(self, p: Pass) -> None:
         """What the HVP pass has from others, instead of kept. Masks that are brought out, or given, are kept all the same."""

@@ -24,8 +24,11 @@ KEPT = 8  # steps up to which every theta_k is kept
 
 
 def rolled_back(program: Program, a: Arrangement) -> dict[int, Op]:
-    """The linear layers whose weight is rolled back, by the value of the weight: where rows of input and cotangent are half as much at most."""
-    if a.steps <= KEPT or not a.support_rows:
+    """The linear layers whose weight is rolled back, by the value of the weight: where rows of input and cotangent are half as much at most.
+
+    None with an inner optimizer beyond plain gradient descent: with a momentum theta_k follows from theta_{k+1} and v, and v of a step before would be a
+    quotient by the momentum, whose error grows with every step (Maclaurin et al. 2015 keep the bits that are lost)."""
+    if a.steps <= KEPT or not a.support_rows or not a.optimizer.plain:
         return {}
     uses: dict[int, int] = {}
     for v in (v for op in program.ops for v in op.inputs if v is not None):

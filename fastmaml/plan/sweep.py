@@ -17,6 +17,7 @@ from dataclasses import replace
 from fastmaml.plan.arrangement import Arrangement
 from fastmaml.plan.epilogue import Epilogue
 from fastmaml.plan.groups import make_groups
+from fastmaml.plan.implicit import Implicit
 from fastmaml.plan.inner import Inner
 from fastmaml.plan.instructions import Phase, Plan, Segment
 from fastmaml.plan.memory import assign_homes
@@ -34,14 +35,15 @@ def build_plan(program: Program, arrangement: Arrangement) -> Plan:
     program = pool_first(program)
     if arrangement.support_rows and arrangement.steps and arrangement.entry in ("train", "halves", "evaluate"):
         program = reassociate(program, arrangement.support_rows)
-        scalar = {name: rate.shape == () for name, rate in arrangement.rates.items()}
+        factors = arrangement.meta_gradient == "unrolled" and arrangement.optimizer.linear
+        scalar = {name: rate.shape == () and factors for name, rate in arrangement.rates.items()}
         program, factored = factor_first_layers(program, scalar, arrangement.support_rows)
         states = {f.weight + STATE: arrangement.rates[f.weight] for f in factored}
         arrangement = replace(arrangement, rates={**arrangement.rates, **states})
     return _Sweep(program, arrangement).build()
 
 
-class _Sweep(Inner, Outer, Reverse, Epilogue):
+class _Sweep(Inner, Outer, Reverse, Implicit, Epilogue):
     """The segments in the order of the schedule."""
 
     def build(self) -> Plan:
@@ -49,7 +51,7 @@ class _Sweep(Inner, Outer, Reverse, Epilogue):
         self._prologue()
         if self.steps:
             self._gradient()
-            self._update()
+            self.segments["update"] = self.update.forward()
         if self.a.entry == "adapt":
             for leaf in self.adapted:
                 self._result(f"adapted.{leaf.name}", self.program.values[leaf.value].shape, "finish", self._theta(leaf.name))
@@ -57,12 +59,16 @@ class _Sweep(Inner, Outer, Reverse, Epilogue):
             self._query("query", gradients=False)
             self._query("query_reverse", gradients=True)
         else:
-            self._query("query", gradients=self.a.entry == "train")
+            self._query("query", gradients=self.unrolls or (self.trains and self.a.meta_gradient != "reptile"))
             if self.a.query_from is not None and self.steps:
                 self._query("query_step", gradients=self.trains)
         if self.trains:
-            if self.second_order or (self.steps and self.learned):
+            if self.second_order or (self.steps and self.unrolls and self.update.has_reverse):
                 self._reverse()
+            if self.implicit:
+                self._implicit()
+            if self.a.meta_gradient == "reptile":
+                self._reptile()
             self._epilogue()
         return self._assemble()
 
@@ -72,7 +78,9 @@ class _Sweep(Inner, Outer, Reverse, Epilogue):
         back = ("update_bwd", "hvp")
         phases = [Phase(("prologue_meta",), "meta"), Phase(("prologue_batch",), "batch"), Phase(("prologue",)), Phase(("gradient", "update"), start=0, stop=k)]
         phases.append(Phase(("query",), start=k, stop=k + 1))
+        phases.append(Phase(("reptile",), start=k, stop=k + 1))
         phases.append(Phase(("query_reverse",), start=k, stop=k + 1, half=half))
+        phases += self._implicit_phases(half) if self.implicit else []
         if first is None:
             phases.append(Phase(back, start=k - 1, stop=-1, stride=-1, half=half))
         else:  # at each step back the query loss of theta_k joins in

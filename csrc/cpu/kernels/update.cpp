@@ -33,6 +33,24 @@ void sgd_bwd(const Call& c) {
     each(c, [=](int64_t i) { store(u + i, r * load(bar + i)); });
 }
 
+// base + sign <x, y>: short float chains, summed in double. One chain, whatever the team.
+static inline double add_dot(double base, double sign, const float* x, const float* y, int64_t n) {
+    for (int64_t i = 0; i < n; i += 32 * VL) {
+        vec sum = vec{};
+        for (int64_t j = i; j < n && j < i + 32 * VL; j += VL) sum = fma(load(x + j), load(y + j), sum);
+        double part = 0;
+        for (int l = 0; l < VL; ++l) part += sum[l];
+        base += sign * part;
+    }
+    return base;
+}
+
+void dot_fwd(const Call& c) {
+    if (c.part) return;
+    const float* acc = c.f(2);
+    store_scalar(c.f(3), static_cast<float>(add_dot(acc ? *acc : 0.0, 1.0, c.f(0), c.f(1), pad_lane(c.sizes[0]))));
+}
+
 void sgd_bwd_rate(const Call& c) {
     const float *bar = c.f(0), *g = c.f(1), *acc = c.f(2);
     float* out = c.f(3);
@@ -41,17 +59,41 @@ void sgd_bwd_rate(const Call& c) {
             const vec p = load(bar + i) * load(g + i);
             store(out + i, acc ? load(acc + i) - p : -p);
         });
-    if (c.part) return;  // one chain of sums, whatever the team
-    double total = acc ? *acc : 0.0;
+    if (c.part) return;
     const int64_t n = pad_lane(c.sizes[0]) * (c.sizes[2] ? c.task->n_support : 1);  // padded rows lie together
-    for (int64_t i = 0; i < n; i += 512) {  // short float chains, summed in double
-        vec sum = vec{};
-        for (int64_t j = i; j < n && j < i + 512; j += VL) sum = fma(load(bar + j), load(g + j), sum);
-        double part = 0;
-        for (int l = 0; l < VL; ++l) part += sum[l];
-        total -= part;
-    }
-    store_scalar(out, static_cast<float>(total));
+    store_scalar(out, static_cast<float>(add_dot(acc ? *acc : 0.0, -1.0, bar, g, n)));
+}
+
+void clip_value_fwd(const Call& c) {
+    const float* g = c.f(0);
+    float* out = c.f(1);
+    const vec high = splat(c.numbers[0]), low = -high;
+    each(c, [=](int64_t i) {
+        const vec x = load(g + i);
+        store(out + i, select(x > high, high, select(x < low, low, x)));  // NaN stays
+    });
+}
+
+void clip_value_bwd(const Call& c) {
+    const float *g = c.f(0), *dc = c.f(1);
+    float* dg = c.f(2);
+    const vec high = splat(c.numbers[0]);
+    each(c, [=](int64_t i) {
+        const vec x = load(g + i);
+        store(dg + i, select((x <= high) & (x >= -high), load(dc + i), vec{}));
+    });
+}
+
+void ratio_fwd(const Call& c) {
+    if (c.part == 0) store_scalar(c.f(2), *c.f(1) == 0.f ? 0.f : *c.f(0) / *c.f(1));
+}
+
+void clip_norm_fwd(const Call& c) {
+    if (c.part) return;
+    const double most = c.numbers[0], norm = __builtin_sqrt(static_cast<double>(*c.f(0))), scale = most / (norm + 1e-6);
+    store_scalar(c.f(1), static_cast<float>(scale > 1.0 ? 1.0 : scale));
+    if (c.f(2))
+        store_scalar(c.f(2), scale > 1.0 || norm == 0.0 ? 0.f : static_cast<float>(-scale / ((norm + 1e-6) * norm)));
 }
 
 static inline float factor(const Call& c, const float* scale) { return c.numbers[0] * (scale ? *scale : 1.f); }
@@ -132,6 +174,14 @@ void axpy_rows_fwd(const Call& c) {
     each_row(c, [=](int64_t r, int64_t i) {
         store(out + r * ldo + i, fma(s, load(x + r * ldx + i), load(acc + r * lda + i)));
     });
+}
+
+void scale_rows_fwd(const Call& c) {
+    const float* x = c.f(0);
+    float* out = c.f(2);
+    const vec s = splat(factor(c, c.f(1)));
+    const int64_t ldx = c.stride(0), ldo = c.stride(2);
+    each_row(c, [=](int64_t r, int64_t i) { store(out + r * ldo + i, s * load(x + r * ldx + i)); });
 }
 
 void sgd_rows_fwd(const Call& c) {

@@ -125,6 +125,12 @@ using Kernel = void (*)(const Call&);
     K(sgd_fwd)               /* theta, g, rate, theta_next; sizes {floats, 1 for a rate per element}: theta - rate g */ \
     K(sgd_bwd)               /* theta_bar, rate, u:                -rate theta_bar */ \
     K(sgd_bwd_rate)          /* theta_bar, g, acc?, out:           acc - theta_bar g, summed where the rate is scalar; sizes {floats, per element, 1 for support rows} */ \
+    K(clip_value_fwd)        /* g, c; numbers {bound}:             g between -bound and bound */ \
+    K(clip_value_bwd)        /* g, dc, dg; numbers {bound}:        dc where |g| <= bound, else 0 */ \
+    K(dot_fwd)               /* x, y, acc?, out:                   acc + <x, y> */ \
+    K(ratio_fwd)             /* x, y, out:                         x / y of two scalars, 0 where y is */ \
+    K(clip_norm_fwd)         /* square, scale, slope?; numbers {max norm}: norm = sqrt(square), scale = min(1, max / (norm + 1e-6)), \
+                                slope = -scale / ((norm + 1e-6) norm) where it clips, else 0 */ \
     K(axpy_fwd)              /* acc, x, scale?, out:               acc + sign scale x */ \
     K(scale_fwd)             /* x, scale?, out:                    sign scale x */ \
     K(add_fwd)               /* x?, y?, z */ \
@@ -134,6 +140,7 @@ using Kernel = void (*)(const Call&);
     K(copy_rows_fwd)         /* x, y */ \
     K(add_rows_fwd)          /* x, y, z */ \
     K(axpy_rows_fwd)         /* acc, x, scale?, out */ \
+    K(scale_rows_fwd)        /* x, scale?, out */ \
     K(sgd_rows_fwd)          /* theta, g, rate, theta_next */ \
     K(sgd_rows_bwd)          /* theta_bar, rate, u */ \
     K(zero_rows_fwd)         /* out */ \

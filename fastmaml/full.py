@@ -1,0 +1,154 @@
+"""Methods that adapt the network's own parameters: how a step is taken, and what is made of the steps. ``fastmaml.methods`` has them by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmaml.maml import MAML
+from fastmaml.nn import per_step_batchnorm
+from fastmaml.optimizers import ImplicitGradient
+from fastmaml.options import adapted_names, check_model, count, flag
+
+
+def FirstOrderMAML(model: nn.Module, *, inner_lr: Any = 0.01, inner_steps: int = 1, **options: Any) -> MAML:
+    """First-order MAML (Finn et al. 2017, section 5.2): the meta-gradient is that of the query loss at theta_K, as if no inner step depended on theta.
+
+    Nothing is computed on the way back but what an inner optimizer's weight decay has of it. Raises what MAML raises.
+    """
+    _own("FirstOrderMAML", options, "first_order", "meta_gradient")
+    return MAML(model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=True, **options)
+
+
+def Reptile(model: nn.Module, *, inner_lr: Any = 0.02, inner_steps: int = 5, **options: Any) -> MAML:
+    """Reptile (Nichol et al. 2018): the "gradient" of a task is theta - theta_K, and its mean over the tasks goes to the outer optimizer.
+
+        theta <- theta + epsilon mean(theta_K - theta):        torch.optim.SGD(maml.parameters(), lr=epsilon)
+
+    The tasks may come without a query set, as (support_x [tasks, n, ...], support_y [tasks, n]); ``out.loss`` is then the support loss at theta_K, and with a
+    query set the query loss, which is reported and nothing more. Defaults: the sinusoids of the paper (inner rate 0.02, 5 steps, epsilon 0.1). Every step sees
+    the whole support set; the paper's minibatches within a task, and its Adam, are not there: SGD has the momentum of ``inner_optimizer``.
+
+    Raises ValueError for what has no meaning here (learned rates, losses of steps or of the user's own, parameters that are not adapted).
+    """
+    _own("Reptile", options, "first_order", "meta_gradient")
+    return MAML(model, inner_lr=inner_lr, inner_steps=inner_steps, meta_gradient="reptile", **options)
+
+
+def MetaSGD(model: nn.Module, *, inner_lr: float | None = None, inner_steps: int = 1, adapt: str | list[str] = "*", **options: Any) -> MAML:
+    """Meta-SGD (Li et al. 2017): a learned rate for every element of every adapted parameter, theta' = theta - alpha * gradient, in one step.
+
+    inner_lr   what all rates begin with; None: one number drawn uniformly from [0.005, 0.1] (by torch's generator), as the paper has it
+
+    The rates are among ``maml.parameters()``, [shape of the parameter] each, named "inner_lr.<parameter>". Raises what MAML raises.
+    """
+    _own("MetaSGD", options, "learn_inner_lr")
+    if inner_lr is None:
+        inner_lr = float(torch.empty(()).uniform_(0.005, 0.1))
+    elif isinstance(inner_lr, bool) or not isinstance(inner_lr, (int, float)):
+        raise TypeError(f"inner_lr={inner_lr!r}: MetaSGD takes one number that all rates begin with, or None")
+    parameters = dict(check_model(model).named_parameters())
+    rates = {name: torch.full(parameters[name].shape, float(inner_lr)) for name in adapted_names(model, adapt)}
+    return MAML(model, inner_lr=rates, learn_inner_lr=True, inner_steps=inner_steps, adapt=adapt, **options)
+
+
+def iMAML(
+    model: nn.Module,
+    *,
+    inner_lr: Any = 0.1,
+    inner_steps: int = 16,
+    lam: float = 2.0,
+    cg_steps: int = 5,
+    cg_damping: float = 1.0,
+    lam_damping: float = 10.0,
+    **options: Any,
+) -> MAML:
+    """Implicit MAML (Rajeswaran et al. 2019): every inner step takes the gradient of L_S + lam / 2 |theta - theta_0|^2, and the meta-gradient is that of
+    the minimum, by ``cg_steps`` iterations of conjugate gradient: see ``fastmaml.ImplicitGradient``.
+
+    Memory and the cost of the way back do not grow with inner_steps, nor does the meta-gradient depend on the path that the steps took. Defaults: the
+    authors' command for Omniglot. Their code takes the proximal term in one step of its own after all others; here it is part of each, as in the paper.
+
+    Raises ValueError for what has no meaning here (learned rates, losses of the steps, parameters that are not adapted).
+    """
+    _own("iMAML", options, "meta_gradient")
+    implicit = ImplicitGradient(lam=lam, cg_steps=cg_steps, cg_damping=cg_damping, lam_damping=lam_damping)
+    return MAML(model, inner_lr=inner_lr, inner_steps=inner_steps, meta_gradient=implicit, **options)
+
+
+def MAMLPlusPlus(
+    model: nn.Module,
+    *,
+    inner_lr: float = 0.1,
+    inner_steps: int = 5,
+    per_step_norms: bool = True,
+    learn_inner_lr: bool = True,
+    adapt: str | list[str] | None = None,
+    **options: Any,
+) -> MAML:
+    """MAML++ (Antoniou et al. 2019): a learned rate for each parameter tensor and step (LSLR), batch normalisation with an affine for each step, and, by
+    ``MAMLPlusPlusSchedule``, the annealed multi-step loss and first order at the beginning.
+
+        maml = fastmaml.methods.MAMLPlusPlus(model)
+        schedule = fastmaml.methods.MAMLPlusPlusSchedule(maml)
+        for epoch in range(epochs):
+            schedule.begin(epoch)
+            ...                                          # meta-iterations as ever
+
+    per_step_norms   put a ``fastmaml.nn.StepBatchNorm`` in the place of each batch normalisation: ``model`` is changed
+    adapt            None: everything but the affines of normalisation layers, as the authors have it
+
+    Defaults: the authors' configurations (their rate 0.1 is the one that the code reads). Their running statistics per step, which are recorded and never
+    read, are not there. Raises what MAML raises, and ValueError for more inner_steps in a call than the rates and norms have.
+    """
+    steps = count("inner_steps", inner_steps, 1)
+    if flag("per_step_norms", per_step_norms):
+        per_step_batchnorm(check_model(model), steps)
+    if adapt is None:
+        norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+        affine = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
+        adapt = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in affine]
+    rates = {"*": [inner_lr] * steps}
+    return MAML(model, inner_lr=rates, inner_steps=steps, learn_inner_lr=learn_inner_lr, adapt=adapt, **options)
+
+
+@dataclass
+class MAMLPlusPlusSchedule:
+    """What changes in MAML++ from epoch to epoch: ``begin(epoch)`` sets it on ``maml``. Epochs count from 0; their length is the caller's (500 iterations).
+
+    multi_step_epochs    the outer loss sums those after each step, with weights from 1 / K each to nearly all on the last; afterwards the last alone
+    first_order_epochs   at the beginning the meta-gradient is of first order (the paper: 50; the authors' configurations: 0)
+
+    The weights are numbers of a call: a run builds one Plan for the epochs with them and one for those without, and one of first order.
+    """
+
+    maml: MAML
+    multi_step_epochs: int = 10
+    first_order_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        self.multi_step_epochs = count("multi_step_epochs", self.multi_step_epochs, 0)
+        self.first_order_epochs = count("first_order_epochs", self.first_order_epochs, 0)
+
+    def step_loss_weights(self, epoch: int) -> list[float] | None:
+        """Of the losses after each of the K steps, in ``epoch``; None: the last alone."""
+        steps = self.maml.inner_steps
+        if count("epoch", epoch, 0) >= self.multi_step_epochs:
+            return None
+        least, decay = 0.03 / steps, epoch / (steps * self.multi_step_epochs)
+        early = max(1 / steps - decay, least)
+        return [early] * (steps - 1) + [min(1 / steps + (steps - 1) * decay, 1 - (steps - 1) * least)]
+
+    def begin(self, epoch: int) -> None:
+        self.maml.step_loss_weights = self.step_loss_weights(epoch)
+        self.maml.first_order = epoch < self.first_order_epochs
+
+
+def _own(method: str, options: dict[str, Any], *names: str) -> None:
+    """Options that make the method what it is are not the caller's."""
+    for name in names:
+        if name in options:
+            raise TypeError(f"{method} sets {name} itself: leave it out, or use fastmaml.MAML({name}={options[name]!r}, ...)")
