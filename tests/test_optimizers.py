@@ -129,6 +129,24 @@ def test_an_opaque_module() -> None:
         assert distance(grads(model), plain_loop(model, data, lr=0.3, steps=3, optimizer=rule).gradients) <= 1e-11
 
 
+@rules
+def test_with_a_parameterisation(rule: SGD) -> None:
+    """Low rank, and CAVIA's context, whose beginning is not outer-learned: float32 on cpu as the torch executor in float64, which the plain loop holds."""
+    for method, options in ((fastmaml.methods.LowRankMAML, {"rank": 2}), (fastmaml.methods.CAVIA, {"context": 3})):
+        found = []
+        for backend, dtype in (("cpu", torch.float32), ("torch", torch.float64)):
+            torch.manual_seed(0)
+            maml = method(mlp(), inner_lr=0.3, inner_steps=3, inner_optimizer=rule, **options)
+            with torch.no_grad():
+                for p in maml.parameters():
+                    p.add_(0.1 * torch.randn_like(p))
+            maml = maml.to(dtype)
+            maml.backend = backend
+            maml.meta_grad(classify())
+            found.append(grads(maml))
+        assert distance(*found) <= 1e-5
+
+
 def test_exactly_at_the_bound() -> None:
     """Clamp passes the gradient of an element at the bound: one weight, one sample, a gradient of exactly 0.5."""
     model = nn.Linear(1, 1, bias=False).double()
