@@ -16,12 +16,13 @@ import torch
 
 import fastmaml
 from fastmaml import cli, machine
-from fastmaml.executors import BACKENDS, NOT_YET
+from fastmaml.executors import BACKENDS, NOT_YET, triton_executor
 from fastmaml.executors import cpu as cpu_executor
 
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # and every FASTMAML_*
 RUNS = {
     "cpu": "native kernels, float32: fully connected and convolutional networks",
+    "triton": "any traced model in float32 on an NVIDIA GPU",
     "torch": "any traced model, any dtype and device; not fast",
     "autograd": "any nn.Module; not fast",
 }
@@ -89,6 +90,11 @@ def _backend(name: str) -> str:
         return f"no: fastmaml._cpu could not be imported: {cpu_executor.IMPORT_ERROR}"
     if name == "cpu" and _tier().startswith("no"):
         return f"no: {_tier()}"
+    if name == "triton":
+        if not torch.cuda.is_available():
+            return "no: there is no NVIDIA GPU" + (f"; {why}" if (why := triton_executor()[1]) else "")
+        if triton_executor()[1]:
+            return f"no: {triton_executor()[1]}"
     return f"yes: {RUNS.get(name, 'available')}"
 
 

@@ -49,6 +49,7 @@ class Spec(NamedTuple):
     support_rows: int | None = None
     optimizer: SGD = SGD()
     meta_gradient: str | ImplicitGradient = "unrolled"
+    precision: str = "high"
 
 
 @lru_cache(maxsize=256)
@@ -128,7 +129,8 @@ class Engine:
             _check_steps(program, view, spec)
             plan = build_plan(_adapted_as_given(program) if spec.entry == "predict" else program, a)
             _check_plan(plan, program)
-            runner = Runner(view, found, self.rates.rates, choose(spec.backend, plan, view.like.dtype, view.like.device))
+            executor = choose(spec.backend, plan, view.like.dtype, view.like.device, spec.precision)
+            runner = Runner(view, found, self.rates.rates, executor)
             self._runners[key] = runner
             while len(self._runners) > PLANS:
                 del self._runners[next(iter(self._runners))]

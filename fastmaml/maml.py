@@ -227,7 +227,8 @@ class MAML(Trained):
         rows = None if batch is None else support_bucket(batch.support_sizes)
         optimizer = options.check_optimizer(self.inner_optimizer)
         options.check_meta_gradient(self)
-        return Spec(entry, steps, self.loss, batchnorm, query_from, self.first_order, self.memory, self.backend, record, rows, optimizer, self.meta_gradient), weights
+        like = (entry, steps, self.loss, batchnorm, query_from, self.first_order, self.memory, self.backend, record, rows)
+        return Spec(*like, optimizer, self.meta_gradient, self.precision), weights
 
     def _run(
         self,
@@ -361,7 +362,7 @@ class MAML(Trained):
     def _adapt(self, batch: TaskBatch, settings: dict[str, Any], given: Mapping[str, Tensor] | None) -> AdaptedModel:
         ran = self._run(batch, "adapt", given=given, **settings)
         view, values = ran.runner.view, ran.results.values
-        spec = Spec("predict", 0, self.loss, self._spec("adapt", None, settings["batchnorm"], None)[0].batchnorm, backend=self.backend)
+        spec = Spec("predict", 0, self.loss, self._spec("adapt", None, settings["batchnorm"], None)[0].batchnorm, backend=self.backend, precision=self.precision)
         predict = self._engine.runner(view, batch, spec)
         support_losses = values.get("loss.support")
         if support_losses is None:

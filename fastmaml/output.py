@@ -50,7 +50,7 @@ class MetaOutput:
     def __init__(self, call: Call, results: Results) -> None:
         self._values, self._guarded = results.values, {}
         self.finite, self.executor, self.batch = results.finite, results.executor, call.batch
-        self.precision = "highest" if results.values["logits"].dtype is torch.float32 else "float64"
+        self.precision = results.precision or ("highest" if results.values["logits"].dtype is torch.float32 else "float64")
         self.parameters: tuple[Tensor, ...] = ()  # of which the outputs are no constants: they refuse to be differentiated
         self.correct = results.values.get("correct")
         self.loss = self._loss(call, results.all_finite)

@@ -53,3 +53,4 @@ class Results:
     state: Any
     executor: str
     all_finite: bool
+    precision: str = ""  # as it ran, where the executor has several

@@ -1,0 +1,121 @@
+"""A Plan and a bucket become lists of launches: the schedule unrolled over its steps, one or a few launches for each instruction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastmaml.executors.triton_kernels import BLOCK, RULES, Site, blocks
+from fastmaml.executors.triton_storage import Bucket, Storage, Temp, View
+from fastmaml.kernels import tasks
+from fastmaml.plan.instructions import Instruction, Phase, Plan
+
+FP32 = "tf32x3"  # three products in TF32: the error of float32
+PRODUCTS = {"highest": FP32, "high": "tf32", "medium": "tf32"}  # of HVP passes, whose ReLU masks and maxima are stored; all others are FP32
+
+
+class Lowering:
+    """The launches of ``plan`` for batches of a bucket, and the storage that they work on. On the device "meta" nothing can run.
+
+    halves   of each entry of the Plan, its launches
+    written  after each half, the (buffer, slot) that hold something
+    """
+
+    def __init__(self, plan: Plan, bucket: Bucket, device: torch.device | str, precision: str = "high") -> None:
+        self.plan, self.bucket, self.precision = plan, bucket, precision
+        self.storage = Storage(plan, bucket, device, _shares(plan))
+        self.site = Site(self.storage)
+        self.halves, self.written, done = [], [], {}
+        for half in range(plan.entries):
+            self._half(half, done)
+            self.halves.append(self.site.launches)
+            self.written.append(tuple(done))
+            self.site.launches = []
+        self._place()
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """By the home of what lies there."""
+        return self.storage.bytes | {"sums of chunks": self.site.temp_bytes}
+
+    def _half(self, half: int, done: dict[tuple[str, int], None]) -> None:
+        phases = [phase for phase in self.plan.schedule if phase.half == half]
+        of_tasks = [i for i, phase in enumerate(phases) if phase.scope == "task"]
+        first = of_tasks[0] if of_tasks else len(phases)
+        last = half == self.plan.entries - 1
+        after = [phase for phase in phases[first:] if phase.scope != "task"] if last else []
+        for phase in (*phases[:first], *(p for p in phases[first:] if p.scope == "task"), *(p for p in after if p.scope == "batch")):
+            self._phase(phase, done, shared=phase in after)
+        self._finite(done)
+        if last:
+            self._sums(done)
+            for phase in after:
+                if phase.scope == "meta":
+                    self._phase(phase, done, shared=False)
+
+    def _phase(self, phase: Phase, done: dict[tuple[str, int], None], shared: bool) -> None:
+        self.site.tasks = 1 if phase.scope == "meta" else self.bucket.tasks
+        for step in phase.steps():
+            for name in phase.segments:
+                self.site.precision = PRODUCTS[self.precision] if name == "hvp" else FP32
+                for instr in self.plan.segments[name].instructions:
+                    self._instruction(instr, step, done, shared)
+        self.site.tasks = self.bucket.tasks
+
+    def _instruction(self, instr: Instruction, step: int, done: dict[tuple[str, int], None], shared: bool) -> None:
+        keys = [None if ref is None else self.storage.key(ref, step) for ref in instr.outputs]
+        inputs = [None if ref is None else self.storage.view(*self.storage.key(ref, step)) for ref in instr.inputs]
+        outputs = [None if key is None else self._share(key[0]) if shared and key[0] in self.storage.shares else self.storage.view(*key) for key in keys]
+        self.site.begin()
+        if any(key is not None for key in keys):
+            RULES[instr.kernel](self.site, instr.attrs, inputs, outputs)
+        done.update(dict.fromkeys(key for key in keys if key is not None))
+
+    def _share(self, name: str) -> View:
+        """What one task adds to a sum over tasks."""
+        buffer = self.plan.buffers[name]
+        return View(self.storage.shares[name], buffer.shape, None, buffer.numel)
+
+    # ------------------------------------------------------------------------------------------------------- over tasks
+    def _finite(self, done: dict[tuple[str, int], None]) -> None:
+        """Marks the tasks with a loss, logits, or a part of a gradient that is not finite."""
+        names = [n for n in self.plan.results if n.startswith(("loss", "logits"))] + [r.source.buffer for r in self.plan.reductions]
+        views = [self.storage.view(name, slot) for name, slot in done if name in names]
+        for view in views + [self._share(name) for name, _ in done if name in self.storage.shares]:
+            table = self.storage.offsets[view.rows] if view.rows else None
+            n = view.numel * (self.bucket.rows(view.rows) if view.rows else 1)
+            args = dict(offsets=table, x=view.data, finite=self.storage.finite, per=view.numel, task=view.task, BLOCK=BLOCK)
+            self.site.launch(tasks.all_finite, (blocks(n, BLOCK), self.bucket.tasks), **args)
+
+    def _sums(self, done: dict[tuple[str, int], None]) -> None:
+        for reduction in self.plan.reductions:
+            source = self.plan.buffers[reduction.source.buffer]
+            for slot in range(max(source.steps, 1)):
+                self._sum(self.storage.view(source.name, slot), self.storage.view(reduction.target, slot))
+                done[reduction.target, slot] = None
+        for name in self.storage.shares:
+            self._sum(self._share(name), self.storage.view(name, 0))
+
+    def _sum(self, x: View, y: View) -> None:
+        args: dict[str, Any] = dict(x=x.data, weights=self.storage.task_weights, finite=self.storage.finite, y=y.data)
+        args |= dict(n=y.numel, tasks=self.bucket.tasks, task=x.task, BLOCK=128)
+        self.site.launch(tasks.sum_tasks, (blocks(y.numel, 128),), **args)
+
+    def _place(self) -> None:
+        """Gives temporaries their place: all instructions share one array."""
+        room = torch.empty(self.site.temp_bytes, dtype=torch.uint8, device=self.storage.device)
+
+        def placed(value: Any) -> Any:
+            if not isinstance(value, Temp):
+                return value
+            return room[value.offset :][: value.numel * value.dtype.itemsize].view(value.dtype)
+
+        for launch in (launch for half in self.halves for launch in half):
+            launch.arguments = {name: placed(value) for name, value in launch.arguments.items()}
+
+
+def _shares(plan: Plan) -> dict[str, int]:
+    """Sums over the rows of all tasks: made for each task, weighted and summed once it is known which tasks are finite."""
+    names = (ref.buffer for p in plan.schedule if p.scope == "batch" for s in p.segments for i in plan.segments[s].instructions for ref in i.writes())
+    return {name: plan.buffers[name].numel for name in names if plan.buffers[name].rows is None}

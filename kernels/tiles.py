@@ -1,0 +1,42 @@
+"""What kernels of several ops share: the rows of a task, the numbers of a tile, the sum of what chunks of rows have summed."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rows_of(offsets, t):
+    """(first row, number of rows) of task t."""
+    first = tl.load(offsets + t)
+    return first.to(tl.int64), tl.load(offsets + t + 1) - first
+
+
+@triton.jit
+def channel(values, task, stride, c, mask, absent: tl.constexpr):
+    """[1, channels] of a task's vector, or the number that an absent one stands for."""
+    if values is None:
+        return tl.full((1, c.shape[0]), absent, tl.float32)
+    return tl.load(values + task * stride + c, mask, 0.0)[None, :]
+
+
+@triton.jit
+def element(values, at, mask):
+    """A tile of an operand; zero where there is none."""
+    if values is None:
+        return tl.zeros(at.shape, tl.float32)
+    return tl.load(values + at, mask, 0.0)
+
+
+@triton.jit
+def sum_chunks(offsets, x, y, chunk, per_row, chunks, n, y_task, BS: tl.constexpr, BN: tl.constexpr):
+    """y[i] = sum over the task's own chunks s of x[task, s, i]; a chunk is of ``chunk`` rows of which each sample has ``per_row``."""
+    t = tl.program_id(1)
+    _, rows = rows_of(offsets, t)
+    i = tl.program_id(0) * BN + tl.arange(0, BN)
+    own = tl.cdiv(rows * per_row, chunk)
+    total = tl.zeros((BN,), tl.float32)
+    for s0 in range(0, own, BS):
+        s = s0 + tl.arange(0, BS)
+        at = (t * chunks + s).to(tl.int64)[:, None] * n + i[None, :]
+        total += tl.sum(tl.load(x + at, (s < own)[:, None] & (i < n)[None, :], 0.0), 0)
+    tl.store(y + t.to(tl.int64) * y_task + i, total, i < n)
