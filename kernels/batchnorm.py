@@ -152,14 +152,14 @@ def _cotangent(dy, index, first, m, c, at, mask, C, POOLED: tl.constexpr, W: tl.
     """dy at pixels m; POOLED: that of a pixel's window where the pixel was chosen, zero elsewhere."""
     if dy is None:
         return tl.zeros(at.shape, tl.float32)
-    if not POOLED:
+    elif not POOLED:
         return tl.load(dy + at, mask, 0.0)
-    p = m % P
-    h, w = p // W, p % W
-    inside = (h % SH < KH) & (w % SW < KW) & (h // SH < OH) & (w // SW < OW)
-    at = (first + m // P)[:, None] * (OH * OW * C) + ((h // SH * OW + w // SW) * C)[:, None] + c[None, :]
-    mask = mask & inside[:, None]
-    return tl.where(tl.load(index + at, mask, -1) == p[:, None], tl.load(dy + at, mask, 0.0), 0.0)
+    else:
+        p = m % P
+        h, w = p // W, p % W
+        inside = mask & ((h % SH < KH) & (w % SW < KW) & (h // SH < OH) & (w // SW < OW))[:, None]
+        q = (first + m // P)[:, None] * (OH * OW * C) + ((h // SH * OW + w // SW) * C)[:, None] + c[None, :]
+        return tl.where(tl.load(index + q, inside, -1) == p[:, None], tl.load(dy + q, inside, 0.0), 0.0)
 
 
 @triton.jit

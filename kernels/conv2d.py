@@ -68,13 +68,13 @@ def conv2d_rows(offsets, x, w, x2, w2, bias, y, w_task, w2_task, bias_task,
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     if tl.program_id(0) * BM < rows:
         acc = tl.zeros((BM, BN), tl.float32)
-        image, t = first * (H * W * CI), t.to(tl.int64)
+        image, own = first * (H * W * CI), t.to(tl.int64)
         if x is not None:
-            acc = _product(acc, x + image, w + t * w_task, m, n, rows, H, W, CI, OH, OW, CO, KH, KW, SH, SW, PT, PL, REVERSED, W_TAP, W_IN, W_OUT, BK, PRECISION)
+            acc = _product(acc, x + image, w + own * w_task, m, n, rows, H, W, CI, OH, OW, CO, KH, KW, SH, SW, PT, PL, REVERSED, W_TAP, W_IN, W_OUT, BK, PRECISION)
         if x2 is not None:
-            acc = _product(acc, x2 + image, w2 + t * w2_task, m, n, rows, H, W, CI, OH, OW, CO, KH, KW, SH, SW, PT, PL, REVERSED, W_TAP, W_IN, W_OUT, BK, PRECISION)
+            acc = _product(acc, x2 + image, w2 + own * w2_task, m, n, rows, H, W, CI, OH, OW, CO, KH, KW, SH, SW, PT, PL, REVERSED, W_TAP, W_IN, W_OUT, BK, PRECISION)
         if bias is not None:
-            acc += tl.load(bias + t * bias_task + n, n < CO, 0.0)[None, :]
+            acc += tl.load(bias + own * bias_task + n, n < CO, 0.0)[None, :]
         tl.store(y + first * (OH * OW * CO) + m[:, None] * CO + n[None, :], acc, (m < rows)[:, None] & (n < CO)[None, :])
 
 

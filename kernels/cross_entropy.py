@@ -35,7 +35,7 @@ def _target(z, label, weight, c, there, ways, smoothing):
     z = tl.where(there, z, float("-inf"))
     z = z - tl.max(z, 1)[:, None]
     e = tl.where(there, tl.exp(z), 0.0)
-    logp = z - tl.log(tl.sum(e, 1))[:, None]
+    logp = tl.where(there, z - tl.log(tl.sum(e, 1))[:, None], float("-inf"))
     hit = tl.where(c[None, :] == label[:, None], 1.0 - smoothing, 0.0)
     return logp, tl.where(there, (smoothing / ways + hit) * w, 0.0)
 
@@ -60,7 +60,7 @@ def cross_entropy_fwd(offsets, ways, logits, labels, weight, logits_t, loss, cor
         inside = (c < n)[None, :] & (r[:, None] >= 0)  # rows behind the last are zeros: no infinities
         logp, q = _target(tl.load(logits + at, there, 0.0), label, weight, c, inside, n, smoothing)
         if logits_t is None:
-            total += tl.where(r < rows, -tl.sum(tl.where(inside, q * logp, 0.0), 1), 0.0)
+            total += tl.where(r < rows, -tl.sum(q * tl.where(inside, logp, 0.0), 1), 0.0)
             if correct is not None:
                 right += tl.where((r < rows) & (tl.argmax(logp, 1) == label), 1.0, 0.0)
         else:

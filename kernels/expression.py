@@ -17,9 +17,8 @@ def _offset(i, table, operand: tl.constexpr, FIRST: tl.constexpr, LAST: tl.const
     """The offset of element i (counted over the axes FIRST .. LAST, the last one fastest) in an operand."""
     at = i * 0
     for k in tl.static_range(LAST - FIRST):
-        axis: tl.constexpr = LAST - 1 - k
-        size = tl.load(table + axis)
-        at += i % size * tl.load(table + (1 + operand) * AXES + axis)
+        size = tl.load(table + (LAST - 1 - k))
+        at += i % size * tl.load(table + ((1 + operand) * AXES + LAST - 1 - k))
         i = i // size
     return at
 

@@ -40,40 +40,39 @@ def _ht(dy, dyt, gamma, gamma_t, at, mask, j, t, task, GN):
 
 @triton.jit
 def layernorm_moments(offsets, x, gamma, xt, gamma_t, dy, dyt, moments, eps, gamma_task, U: tl.constexpr, GN: tl.constexpr, SETS: tl.constexpr,
-                      GROUPED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """moments [row, set, MOMENTS]. Grid: sets of a task's rows, tasks."""
+                      GROUPED: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """moments [row, set, MOMENTS]. Grid: blocks of the sets of a task's rows, tasks."""
     t = tl.program_id(1)
     first, rows = rows_of(offsets, t)
-    row, u = tl.program_id(0) // SETS, tl.program_id(0) % SETS
+    q = tl.program_id(0) * BS + tl.arange(0, BS)
     WIDTH: tl.constexpr = GN // SETS if GROUPED else GN  # neighbours in memory
     MEMBERS: tl.constexpr = U * GN // SETS
     STRIDE: tl.constexpr = GN if GROUPED else 0
-    if row < rows:
-        start = (first + row) * (U * GN) + u * WIDTH
-        gamma0 = u * WIDTH if GROUPED else 0
-        total = tl.zeros((BLOCK,), tl.float32)
+    SHIFT: tl.constexpr = WIDTH if GROUPED else 0  # from one set's gammas to the next one's
+    if tl.program_id(0) * BS < rows * SETS:
+        there = (q < rows * SETS)[:, None]
+        start = ((first + q // SETS) * (U * GN) + q % SETS * WIDTH)[:, None]
+        gamma0 = (q % SETS * SHIFT)[:, None]
+        total = tl.zeros((BS, BLOCK), tl.float32)
         for i0 in range(0, MEMBERS, BLOCK):
-            i = i0 + tl.arange(0, BLOCK)
-            total += tl.load(x + start + i // WIDTH * STRIDE + i % WIDTH, i < MEMBERS, 0.0)
-        mean = tl.sum(total, 0) / MEMBERS
-        total = tl.zeros((BLOCK,), tl.float32)
+            i = (i0 + tl.arange(0, BLOCK))[None, :]
+            total += tl.load(x + start + i // WIDTH * STRIDE + i % WIDTH, there & (i < MEMBERS), 0.0)
+        mean = (tl.sum(total, 1) / MEMBERS)[:, None]
+        total = tl.zeros((BS, BLOCK), tl.float32)
         for i0 in range(0, MEMBERS, BLOCK):
-            i = i0 + tl.arange(0, BLOCK)
-            d = tl.load(x + start + i // WIDTH * STRIDE + i % WIDTH, i < MEMBERS, 0.0) - mean
+            i = (i0 + tl.arange(0, BLOCK))[None, :]
+            d = tl.load(x + start + i // WIDTH * STRIDE + i % WIDTH, there & (i < MEMBERS), 0.0) - mean
             total += tl.where(i < MEMBERS, d * d, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(total, 0) / MEMBERS + eps)
-        out = moments + ((first + row) * SETS + u) * MOMENTS
-        tl.store(out, mean)
-        tl.store(out + 1, rstd)
-        a1 = tl.zeros((BLOCK,), tl.float32)
-        a2 = tl.zeros((BLOCK,), tl.float32)
-        b1 = tl.zeros((BLOCK,), tl.float32)
-        b2 = tl.zeros((BLOCK,), tl.float32)
-        c1 = tl.zeros((BLOCK,), tl.float32)
-        c2 = tl.zeros((BLOCK,), tl.float32)
+        rstd = 1.0 / tl.sqrt(tl.sum(total, 1) / MEMBERS + eps)[:, None]
+        a1 = tl.zeros((BS, BLOCK), tl.float32)
+        a2 = tl.zeros((BS, BLOCK), tl.float32)
+        b1 = tl.zeros((BS, BLOCK), tl.float32)
+        b2 = tl.zeros((BS, BLOCK), tl.float32)
+        c1 = tl.zeros((BS, BLOCK), tl.float32)
+        c2 = tl.zeros((BS, BLOCK), tl.float32)
         for i0 in range(0, MEMBERS, BLOCK):
-            i = i0 + tl.arange(0, BLOCK)
-            mask, at, j = i < MEMBERS, start + i // WIDTH * STRIDE + i % WIDTH, gamma0 + i % WIDTH
+            i = (i0 + tl.arange(0, BLOCK))[None, :]
+            mask, at, j = there & (i < MEMBERS), start + i // WIDTH * STRIDE + i % WIDTH, gamma0 + i % WIDTH
             xhat = (tl.load(x + at, mask, 0.0) - mean) * rstd
             v = element(xt, at, mask)
             a1 += v
@@ -84,22 +83,25 @@ def layernorm_moments(offsets, x, gamma, xt, gamma_t, dy, dyt, moments, eps, gam
             ht = _ht(dy, dyt, gamma, gamma_t, at, mask, j, t, gamma_task, GN)
             c1 += ht
             c2 += ht * xhat
-        ext, extx = tl.sum(a1, 0) / MEMBERS, tl.sum(a2, 0) / MEMBERS
-        tl.store(out + 2, ext)
-        tl.store(out + 3, extx)
-        tl.store(out + 4, tl.sum(b1, 0) / MEMBERS)
-        tl.store(out + 5, tl.sum(b2, 0) / MEMBERS)
-        tl.store(out + 6, tl.sum(c1, 0) / MEMBERS)
-        tl.store(out + 7, tl.sum(c2, 0) / MEMBERS)
-        total = tl.zeros((BLOCK,), tl.float32)
+        ext, extx = (tl.sum(a1, 1) / MEMBERS)[:, None], (tl.sum(a2, 1) / MEMBERS)[:, None]
+        total = tl.zeros((BS, BLOCK), tl.float32)
         if xt is not None:
             for i0 in range(0, MEMBERS, BLOCK):
-                i = i0 + tl.arange(0, BLOCK)
-                mask, at, j = i < MEMBERS, start + i // WIDTH * STRIDE + i % WIDTH, gamma0 + i % WIDTH
+                i = (i0 + tl.arange(0, BLOCK))[None, :]
+                mask, at, j = there & (i < MEMBERS), start + i // WIDTH * STRIDE + i % WIDTH, gamma0 + i % WIDTH
                 xhat = (tl.load(x + at, mask, 0.0) - mean) * rstd
                 xhat_t = rstd * (tl.load(xt + at, mask, 0.0) - ext - xhat * extx)
                 total += _h(dy, gamma, at, mask, j, t, gamma_task) * xhat_t
-        tl.store(out + 8, tl.sum(total, 0) / MEMBERS)
+        out = moments + ((first * SETS + q) * MOMENTS)[:, None]
+        tl.store(out, mean, there)
+        tl.store(out + 1, rstd, there)
+        tl.store(out + 2, ext, there)
+        tl.store(out + 3, extx, there)
+        tl.store(out + 4, (tl.sum(b1, 1) / MEMBERS)[:, None], there)
+        tl.store(out + 5, (tl.sum(b2, 1) / MEMBERS)[:, None], there)
+        tl.store(out + 6, (tl.sum(c1, 1) / MEMBERS)[:, None], there)
+        tl.store(out + 7, (tl.sum(c2, 1) / MEMBERS)[:, None], there)
+        tl.store(out + 8, (tl.sum(total, 1) / MEMBERS)[:, None], there)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from fastmaml.executors.triton_storage import Bucket
 from fastmaml.kernels import update
 from fastmaml.plan.instructions import EXTENTS, Plan
 
-INTERPRETED = not hasattr(update.axpy, "warmup")  # decided when the kernels were imported
+INTERPRETED = type(update.axpy).__name__ == "InterpretedFunction"  # decided when the kernels were imported
 WORKSPACES = 8  # kept per Plan: each holds the memory of a bucket
 _DATA = ("x.support", "y.support", "x.query", "y.query")  # in the order of TaskBatch.stored
 

@@ -481,11 +481,11 @@ class _RowNorm:
         turn = by_channel if self.cut["GROUPED"] else plain
         self.x, self.rows = turn(s, x), {"xt": None, "dy": None, "dyt": None} | {k: turn(s, v) for k, v in rows.items()}
         table, most, tasks = s.own(x.rows)
-        sets, members = self.cut["SETS"], x.numel // self.cut["SETS"]
+        sets, size = self.cut["SETS"], power(x.numel // self.cut["SETS"], 1, 1024)
         self.moments = s.temp(s.bucket.tasks * most * sets * 9)
         args = dict(offsets=table, x=self.x.data, gamma=data(gamma), gamma_t=data(gamma_t), moments=self.moments, eps=attrs["eps"], gamma_task=step(gamma))
-        args |= {k: data(v) for k, v in self.rows.items()} | self.cut | dict(BLOCK=power(members, 1, 1024))
-        s.launch(layernorm.layernorm_moments, (most * sets, tasks), **args)
+        args |= {k: data(v) for k, v in self.rows.items()} | self.cut | dict(BS=1024 // size, BLOCK=size)
+        s.launch(layernorm.layernorm_moments, (blocks(most * sets, 1024 // size), tasks), **args)
 
     def apply(self, mode: str, y: View, beta: View | None = None, beta_t: View | None = None) -> None:
         s, gn = self.s, self.cut["GN"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastmaml.executors.triton_kernels import BLOCK, RULES, Site, blocks
+from fastmaml.executors.triton_kernels import BLOCK, RULES, Launch, Site, blocks
 from fastmaml.executors.triton_storage import Bucket, Storage, Temp, View
 from fastmaml.kernels import tasks
 from fastmaml.plan.instructions import Instruction, Phase, Plan
@@ -32,7 +32,7 @@ class Lowering:
             self.halves.append(self.site.launches)
             self.written.append(tuple(done))
             self.site.launches = []
-        self._place()
+        self._place([launch for half in self.halves for launch in half])
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -102,7 +102,7 @@ class Lowering:
         args |= dict(n=y.numel, tasks=self.bucket.tasks, task=x.task, BLOCK=128)
         self.site.launch(tasks.sum_tasks, (blocks(y.numel, 128),), **args)
 
-    def _place(self) -> None:
+    def _place(self, launches: list[Launch]) -> None:
         """Gives temporaries their place: all instructions share one array."""
         room = torch.empty(self.site.temp_bytes, dtype=torch.uint8, device=self.storage.device)
 
@@ -111,7 +111,7 @@ class Lowering:
                 return value
             return room[value.offset :][: value.numel * value.dtype.itemsize].view(value.dtype)
 
-        for launch in (launch for half in self.halves for launch in half):
+        for launch in launches:
             launch.arguments = {name: placed(value) for name, value in launch.arguments.items()}
 
 

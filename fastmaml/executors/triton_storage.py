@@ -92,7 +92,7 @@ def _turned(buffer: Buffer, back: bool = False) -> tuple[int, ...]:
 def _permute(value: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Permutes the last axes."""
     lead = value.dim() - len(axes)
-    return value.permute(*range(lead), *(lead + a for a in axes))
+    return value.permute((*range(lead), *(lead + a for a in axes)))
 
 
 class Storage:
@@ -162,11 +162,12 @@ class Storage:
     # ------------------------------------------------------------------------------------------------------- in and out
     def write(self, name: str, value: Tensor) -> None:
         """Fills a buffer with ``value``, in the Plan's order: [slots?, tasks or rows?, ...]."""
-        buffer = self.plan.buffers[name]
-        turned = _permute(value.detach(), _turned(buffer))
-        slots = len(value) if buffer.steps else 1
-        shape = turned.shape if buffer.steps else (1, *turned.shape)
-        self.arrays[name][:slots, : math.prod(shape[1:])].view(shape).copy_(turned.reshape(shape))
+        for slot, part in enumerate(value if self.plan.buffers[name].steps else [value]):
+            self.write_slot(name, slot, part)
+
+    def write_slot(self, name: str, slot: int, value: Tensor) -> None:
+        turned = _permute(value.detach(), _turned(self.plan.buffers[name]))
+        self.slot(name, slot)[: turned.numel()].view(turned.shape).copy_(turned)
 
     def read(self, name: str, slot: int, rows: int | None = None) -> Tensor:
         """A copy in the Plan's order: [tasks or rows, ...], or of one array for all."""
