@@ -34,6 +34,13 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _sigmoid_slope(x):
+    """s (1 - s), which cancels nowhere."""
+    e = tl.exp(-tl.abs(x))
+    return e / ((1 + e) * (1 + e))
+
+
+@triton.jit
 def _tanh(x):
     e = _expm1(-2 * tl.abs(x))  # in -1 .. 0
     y = -e / (2 + e)
@@ -45,17 +52,19 @@ def derivatives(x, NAME: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """f(x), f'(x), f''(x). ``A``, ``B``: alpha of elu; beta and threshold of softplus."""
     if NAME == "tanh":
         y = _tanh(x)
-        return y, 1 - y * y, -2 * y * (1 - y * y)
+        slope = 4 * _sigmoid_slope(2 * x)  # 1 - y^2
+        return y, slope, -2 * y * slope
     elif NAME == "sigmoid":
         y = _sigmoid(x)
-        return y, y * (1 - y), y * (1 - y) * (1 - 2 * y)
+        slope = _sigmoid_slope(x)
+        return y, slope, -slope * _tanh(0.5 * x)
     elif NAME == "exp":
         y = tl.exp(x)
         return y, y, y
     elif NAME == "silu":
         s = _sigmoid(x)
-        d = s * (1 - s)
-        return x * s, s + x * d, d * (2 + x * (1 - 2 * s))
+        d = _sigmoid_slope(x)
+        return x * s, s + x * d, d * (2 - x * _tanh(0.5 * x))
     elif NAME == "elu":
         e = A * _expm1(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
         slope = tl.where(x > 0, 1.0, e + A)
@@ -64,16 +73,18 @@ def derivatives(x, NAME: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
         z = A * x
         s = _sigmoid(z)
         soft = (tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) + _log1p(tl.exp(-tl.abs(z)))) / A
-        return tl.where(z > B, x, soft), tl.where(z > B, 1.0, s), tl.where(z > B, 0.0, A * s * (1 - s))
+        return tl.where(z > B, x, soft), tl.where(z > B, 1.0, s), tl.where(z > B, 0.0, A * _sigmoid_slope(z))
     elif NAME == "gelu":
         cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         pdf = tl.exp(-0.5 * x * x) * 0.3989422804014327
         return x * cdf, cdf + x * pdf, (2 - x * x) * pdf
     else:  # gelu by tanh
-        v = _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        v = _tanh(u)
+        slope = 4 * _sigmoid_slope(2 * u)
         du = 0.7978845608028654 * (1 + 0.134145 * x * x)
-        dv = (1 - v * v) * du
-        ddv = (1 - v * v) * (0.2140644488 * x - 2 * v * du * du)
+        dv = slope * du
+        ddv = slope * (0.2140644488 * x - 2 * v * du * du)
         return 0.5 * x * (1 + v), 0.5 * (1 + v) + 0.5 * x * dv, dv + 0.5 * x * ddv
 
 

@@ -15,7 +15,6 @@ In batchnorm_maxpool2d dy belongs to the pooled image: ``index`` says which pixe
 
 import triton
 import triton.language as tl
-
 from fastmaml.kernels.tiles import channel, element, rows_of
 
 

@@ -10,7 +10,6 @@ kernel takes a second pair of operands. linear is the convolution of images of 1
 
 import triton
 import triton.language as tl
-
 from fastmaml.kernels.tiles import rows_of
 
 

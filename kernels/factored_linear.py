@@ -9,7 +9,6 @@ These products are small (n_support in one direction) and in double, so they are
 
 import triton
 import triton.language as tl
-
 from fastmaml.kernels.tiles import rows_of
 
 

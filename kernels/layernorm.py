@@ -12,7 +12,6 @@ GN channels, a set is GN / SETS channels of all pixels. The means E[.] of every 
 
 import triton
 import triton.language as tl
-
 from fastmaml.kernels.tiles import channel, element, rows_of
 
 MOMENTS = tl.constexpr(9)  # mean, rstd, E[xt], E[xt xhat], E[h], E[h xhat], E[ht], E[ht xhat], E[h xhat_t]

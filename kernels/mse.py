@@ -6,7 +6,6 @@
 
 import triton
 import triton.language as tl
-
 from fastmaml.kernels.tiles import rows_of
 
 
@@ -39,14 +38,8 @@ def mse_bwd(offsets, y, target, yt, step_weight, d, divisor, per, MEAN: tl.const
     n = rows * per
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = first * per + i
-    if yt is None:
-        v = tl.load(y + at, i < n, 0.0) - tl.load(target + at, i < n, 0.0)
-    else:
-        v = tl.load(yt + at, i < n, 0.0)
-    if MEAN:
-        scale = 2.0 / n
-    else:
-        scale = 2.0 / divisor
+    v = tl.load(y + at, i < n, 0.0) - tl.load(target + at, i < n, 0.0) if yt is None else tl.load(yt + at, i < n, 0.0)
+    scale = 2.0 / n if MEAN else 2.0 / divisor
     if step_weight is not None:
         scale *= tl.load(step_weight)
     tl.store(d + at, v * scale, i < n)

@@ -25,8 +25,5 @@ def relu_masked(count, mask, x, y, per, SLOPE: tl.constexpr, BLOCK: tl.constexpr
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = i < tl.load(count).to(tl.int64) * per
     v = tl.load(x + i, there, 0.0)
-    if SLOPE is None:
-        other = tl.zeros((BLOCK,), tl.float32)
-    else:
-        other = v * SLOPE
+    other = tl.zeros((BLOCK,), tl.float32) if SLOPE is None else v * SLOPE
     tl.store(y + i, tl.where(tl.load(mask + i, there, 0) != 0, v, other), there)

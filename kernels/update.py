@@ -6,7 +6,6 @@
 
 import triton
 import triton.language as tl
-
 from fastmaml.kernels.tiles import rows_of
 
 

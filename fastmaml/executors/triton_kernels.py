@@ -15,14 +15,31 @@ import torch
 from torch import Tensor
 
 from fastmaml.executors.triton_storage import Storage, Temp, View
-from fastmaml.kernels import activations, avgpool2d, batchnorm, conv2d, cross_entropy, expression, factored_linear
-from fastmaml.kernels import layernorm, maxpool2d, mse, pad2d, relu, reshape, rows, tiles, update
+from fastmaml.kernels import (
+    activations,
+    avgpool2d,
+    batchnorm,
+    conv2d,
+    cross_entropy,
+    expression,
+    factored_linear,
+    layernorm,
+    maxpool2d,
+    mse,
+    pad2d,
+    relu,
+    reshape,
+    rows,
+    tiles,
+    update,
+)
 
 Attrs = Mapping[str, Any]
 Views = Sequence[View | None]
 RULES: dict[str, Callable[..., None]] = {}
 BLOCK = 1024  # numbers of an elementwise program
 CHUNK = 4096  # rows (of samples times pixels) that one program sums
+SUMMED = 64  # of these, rows of a tile
 
 
 def rule(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -347,17 +364,17 @@ def _pixels(x: View) -> tuple[int, int]:
     return x.shape[0], x.numel // x.shape[0]
 
 
-def _tile(channels: int) -> tuple[int, int]:
-    """Rows and channels of a tile of 2048 numbers."""
+def _tile(channels: int, rows: int = 2048) -> tuple[int, int]:
+    """Rows, at most so many, and channels of a tile of 2048 numbers."""
     c = power(channels, 1, 64)
-    return 2048 // c, c
+    return min(2048 // c, rows), c
 
 
 @rule("batchnorm_stats_fwd")
 def batchnorm_stats_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     x = by_channel(s, inputs[0])
     mean, rstd = (v or View(s.temp(s.tasks * x.shape[0]), x.shape[:1], None, x.shape[0]) for v in outputs)
-    (c, p), (bm, bc) = _pixels(x), _tile(x.shape[0])
+    (c, p), (bm, bc) = _pixels(x), _tile(x.shape[0], SUMMED)
     table, most, tasks = s.own(x.rows)
     chunks = blocks(most * p, CHUNK)
     means, squares = s.temp(tasks * chunks * c), s.temp(tasks * chunks * c)
@@ -379,7 +396,7 @@ def batchnorm_running_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) 
 
 def _sums(s: Site, attrs: Attrs, mode: str, extent: str, counted: str, x: View, **operands: Any) -> tuple[Temp, Temp, dict[str, Any]]:
     """The two sums of every chunk, and what finishing them needs."""
-    (c, p), (bm, bc) = _pixels(x), _tile(x.shape[0])
+    (c, p), (bm, bc) = _pixels(x), _tile(x.shape[0], SUMMED)
     table, most, tasks = s.own(extent)
     chunks = blocks(most * p, CHUNK)
     one, two = s.temp(tasks * chunks * c), s.temp(tasks * chunks * c)
@@ -503,7 +520,7 @@ class _RowNorm:
         table, most, tasks = s.own(self.x.rows)
         chunks = blocks(most * u, CHUNK)
         parts = [None if v is None else s.temp(tasks * chunks * gn) for v in outputs]
-        bm, bc = _tile(gn)
+        bm, bc = _tile(gn, SUMMED)
         args = dict(offsets=table, x=self.x.data, moments=self.moments, dgamma=parts[0], dbeta=parts[1], chunk=CHUNK, chunks=chunks)
         args |= {k: data(v) for k, v in self.rows.items()} | self.cut | dict(TANGENT=tangent, BM=bm, BC=bc)
         s.launch(layernorm.layernorm_weight, (blocks(gn, bc), chunks, tasks), **args)

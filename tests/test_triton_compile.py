@@ -1,0 +1,108 @@
+"""Triton's kernels compiled ahead of time for GPUs that are not here: registers without spills, and shared memory, within the limits of one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (pip install triton: Linux)")
+
+import random
+
+import triton_aot
+from random_programs import random_case
+
+import fastmaml.nn as nets
+from fastmaml.executors.triton import INTERPRETED
+from fastmaml.executors.triton_lowering import Lowering
+from fastmaml.executors.triton_storage import Bucket
+from fastmaml.plan import Arrangement, Plan, Rate, build_plan
+from fastmaml.program import Program
+from fastmaml.trace import trace
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing can be compiled")
+SPILLS = 0  # bytes of local memory
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
+REGISTERS = {  # by kernel; all others
+    "conv2d_rows": 168,
+    "conv2d_weight": 232,
+    "batchnorm_sums": 128,
+    "batchnorm_rows": 144,
+    "layernorm_moments": 128,
+    "layernorm_rows": 168,
+    "layernorm_weight": 184,
+}
+REGISTERS_ELSEWHERE = 96
+
+
+def net_plan(program: Program, **options: Any) -> Plan:
+    program = program.with_roles(lambda _: "adapted")
+    rates = {leaf.name: Rate("lr", learned=True) for leaf in program.leaves}
+    return build_plan(program, Arrangement(steps=2, rates=rates, support_rows=5, **options))
+
+
+def launches() -> Iterator[Any]:
+    """Of the reference networks in their usual sizes, and of random Programs."""
+    torch.manual_seed(0)
+    plans = [(net_plan(trace(nets.PyTorchMAMLConv().train(), (1, 28, 28))), Bucket(32, 5, 75))]
+    plans += [(net_plan(trace(nets.PyTorchMAMLConv(5, channels=3, side=84, filters=32).train(), (3, 84, 84))), Bucket(4, 5, 75))]
+    plans += [(net_plan(trace(nets.OmniglotFC(), (784,))), Bucket(32, 5, 75))]
+    for seed in range(60):
+        plans.append((random_case(random.Random(seed), conv=seed % 2 == 0).plan(), Bucket(3, 7, 6)))
+    for plan, bucket in plans:
+        for half in Lowering(plan, bucket, "meta").halves:
+            yield from half
+
+
+def distinct(alike: Any) -> dict[Any, Any]:
+    """One launch for each value of ``alike``: with the most operands, then the largest grid."""
+    out: dict[Any, tuple[Any, Any]] = {}
+    for launch in launches():
+        absent = sum(value is None for value in launch.arguments.values())
+        size = -absent, math.prod(launch.grid)
+        key = alike(launch)
+        if key not in out or size > out[key][0]:
+            out[key] = size, launch
+    return {key: launch for key, (_, launch) in out.items()}
+
+
+def mode(launch: Any) -> tuple:
+    """The kernel, and what makes it another one: its mode and precision."""
+    return launch.kernel.__name__, *(launch.arguments.get(name) for name in ("MODE", "PRECISION", "REVERSED", "POOLED"))
+
+
+def check(launch: Any, capability: int) -> None:
+    used, name = triton_aot.compiled(launch, capability), launch.kernel.__name__
+    assert used["STACK"] <= SPILLS and used["LOCAL"] <= SPILLS, f"{mode(launch)} spills: {used}"
+    assert used["shared"] <= SHARED[capability], f"{mode(launch)}: {used}"
+    assert used["REG"] <= REGISTERS.get(name, REGISTERS_ELSEWHERE), f"{mode(launch)}: {used}"
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_kernel(capability: int) -> None:
+    for launch in distinct(mode).values():
+        check(launch, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_specialisation_of_the_reference_networks(capability: int) -> None:
+    for launch in distinct(triton_aot.key).values():
+        if launch.kernel.__name__.startswith("conv2d"):
+            check(launch, capability)
+
+
+def test_products_are_on_tensor_cores() -> None:
+    """TF32 where the Plan asks for it, in three parts elsewhere; never the default of Triton."""
+    found = {launch.arguments["PRECISION"] for launch in distinct(mode).values() if "PRECISION" in launch.arguments}
+    assert found == {"tf32", "tf32x3"}
+
+
+def test_no_layout_without_memory_takes_any() -> None:
+    """Bytes are counted on the device "meta"."""
+    lowering = Lowering(random_case(random.Random(1)).plan(), Bucket(3, 7, 6), "meta")
+    assert sum(lowering.bytes.values()) > 0 and lowering.storage.finite.is_meta
