@@ -32,7 +32,7 @@ def _target(z, label, weight, c, there, ways, smoothing):
     if weight is not None:
         w = tl.load(weight + c, c < ways, 0.0)[None, :]
     z = tl.where(there, z, float("-inf"))
-    z = z - tl.max(z, 1)[:, None]
+    z = z - tl.max(tl.where(z == z, z, float("-inf")), 1)[:, None]
     e = tl.where(there, tl.exp(z), 0.0)
     logp = tl.where(there, z - tl.log(tl.sum(e, 1))[:, None], float("-inf"))
     hit = tl.where(c[None, :] == label[:, None], 1.0 - smoothing, 0.0)
@@ -61,7 +61,7 @@ def cross_entropy_fwd(offsets, ways, logits, labels, weight, logits_t, loss, cor
         if logits_t is None:
             total += tl.where(r < rows, -tl.sum(q * tl.where(inside, logp, 0.0), 1), 0.0)
             if correct is not None:
-                right += tl.where((r < rows) & (tl.argmax(logp, 1) == label), 1.0, 0.0)
+                right += tl.where((r < rows) & (tl.argmax(tl.where(logp == logp, logp, float("-inf")), 1) == label), 1.0, 0.0)
         else:
             p = tl.where(inside, tl.exp(logp), 0.0)
             d = tl.sum(q, 1)[:, None] * p - q

@@ -178,7 +178,7 @@ class Storage:
             stored[axis] = buffer.shape[i]
         lead = (rows,) if buffer.rows else () if buffer.home == "meta" else (self.bucket.tasks,)
         flat = self.slot(name, slot)[: math.prod((*lead, *stored))]
-        return _permute(flat.view(*lead, *stored), back).clone(memory_format=torch.contiguous_format)
+        return _permute(flat.view((*lead, *stored)), back).clone(memory_format=torch.contiguous_format)
 
 
 def with_task(view: View, data: Any, task: int) -> View:
