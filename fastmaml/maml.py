@@ -51,8 +51,9 @@ class MAML(Trained):
     batchnorm           "batch" (the default: statistics of each batch, query included) | "support" | "running" | "joint" (of support and query rows together,
                         for a body that is not adapted: learn2learn's ANIL; ``adapt`` has no query, and takes the support rows')
     parameterisation    "full" | "anil" | "boil" | "head_only" | an object of ``fastmaml.parameterisation``: see ``fastmaml.methods``
+    precision           "high" (on a GPU: HVP passes in TF32, with stored masks) | "highest" (float32 throughout) | "medium" (runs "high"); one on a CPU
     memory              "constant" (of one inner step alone up to 8 MB of activations per task in flight are kept) | "fast" (keeps those of all steps)
-    backend             "auto" | "cpu" | "torch" | "autograd"; asked for by name it runs there or raises
+    backend             "auto" | "cpu" | "triton" | "torch" | "autograd"; asked for by name it runs there or raises
     on_nonfinite        "raise" | "skip" tasks whose loss or gradient is not finite
 
     Raises ValueError or TypeError naming the argument, its value and the way out.

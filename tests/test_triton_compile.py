@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing
 SPILLS = 0  # bytes of local memory
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
 REGISTERS = {  # by kernel; all others
-    "conv2d_rows": 168,
+    "conv2d_rows": 232,
     "conv2d_weight": 232,
     "batchnorm_sums": 128,
     "batchnorm_rows": 144,
@@ -45,7 +45,8 @@ def net_plan(program: Program, **options: Any) -> Plan:
     return build_plan(program, Arrangement(steps=2, rates=rates, support_rows=5, **options))
 
 
-def launches() -> Iterator[Any]:
+@functools.cache
+def launches() -> list[Any]:
     """Of the reference networks in their usual sizes, and of random Programs."""
     torch.manual_seed(0)
     plans = [(net_plan(trace(nets.PyTorchMAMLConv().train(), (1, 28, 28))), Bucket(32, 5, 75))]
@@ -53,9 +54,7 @@ def launches() -> Iterator[Any]:
     plans += [(net_plan(trace(nets.OmniglotFC(), (784,))), Bucket(32, 5, 75))]
     for seed in range(60):
         plans.append((random_case(random.Random(seed), conv=seed % 2 == 0).plan(), Bucket(3, 7, 6)))
-    for plan, bucket in plans:
-        for half in Lowering(plan, bucket, "meta").halves:
-            yield from half
+    return [launch for plan, bucket in plans for half in Lowering(plan, bucket, "meta").halves for launch in half]
 
 
 def distinct(alike: Any) -> dict[Any, Any]:

@@ -186,10 +186,18 @@ class TritonExecutor:
             return key, idle.pop()  # atomic: two threads never get the same one
         except IndexError:
             pass
+        return key, self._new(bucket, device, batch)
+
+    def _new(self, bucket: Bucket, device: torch.device, batch: TaskBatch) -> Workspace:
+        """A workspace; idle ones of other buckets make room for it."""
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            return Workspace(self.plan, bucket, device, self.precision)
+        self._idle.clear()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
-            return key, Workspace(self.plan, bucket, device, self.precision)
+            return Workspace(self.plan, bucket, device, self.precision)
         except torch.cuda.OutOfMemoryError as error:
-            self._idle.clear()
             parts = self.memory(batch)
             listed = ", ".join(f"{home} {size:,}" for home, size in parts.items())
             message = f"the Plan of {len(batch)} tasks needs {sum(parts.values()):,} bytes on {device} ({listed}), which are not free: pass fewer tasks at once"

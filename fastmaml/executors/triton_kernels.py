@@ -109,7 +109,7 @@ class Site:
         return self.constants[key]
 
     def launch(self, kernel: Any, grid: tuple[int, ...], options: dict[str, int] | None = None, /, **arguments: Any) -> None:
-        self.launches.append(Launch(kernel, grid, arguments, options or {}))
+        self.launches.append(Launch(kernel, grid, arguments, {"enable_fp_fusion": True, **(options or {})}))  # Triton's default is about to change
 
     def span(self, view: View) -> tuple[Tensor, int, int]:
         """(count, numbers in all, copies) of an elementwise walk: all rows at once, or each copy of a weight."""

@@ -19,6 +19,7 @@ from fastmaml.plan.memory import arena_layout
 
 DTYPES = {"mask": torch.uint8, "index": torch.int32, "label": torch.int64}
 ALIGN = 64  # numbers: slots begin at multiples, so that kernels may read them in large pieces
+LARGEST = 2**31  # numbers of an array: offsets within the rows of all tasks are 32 bits
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Storage:
         self.arrays: dict[str, Tensor] = {}
         for name, buffer in plan.buffers.items():
             dtype = self._dtype(buffer)
+            if self.width(buffer) >= LARGEST:
+                raise ValueError(f"{name} of {tasks} tasks has {self.width(buffer):,} numbers, the Triton kernels count to {LARGEST:,}: pass fewer tasks at once")
             if name in offsets:
                 self.arrays[name] = whole[offsets[name] :][: self.width(buffer) * dtype.itemsize].view(dtype)[None]
             else:
