@@ -28,8 +28,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing
 SPILLS = 0  # bytes of local memory
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
 REGISTERS = {  # by kernel; all others
-    "conv2d_rows": 232,
-    "conv2d_weight": 232,
+    "conv2d_rows": 248,
+    "conv2d_weight": 248,
     "batchnorm_sums": 128,
     "batchnorm_rows": 144,
     "layernorm_moments": 128,

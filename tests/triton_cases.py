@@ -41,6 +41,7 @@ def patch_once() -> None:
         if names not in done:
             done.add(names)
             original(fn)
+            tl.tensor.__index__ = lambda self: self.handle.data.item()  # Triton 3.6 asks numpy 2.4 for what it no longer does
         return SimpleNamespace(restore=lambda: None)
 
     interpreter._patch_lang = once

@@ -364,10 +364,10 @@ def _pixels(x: View) -> tuple[int, int]:
     return x.shape[0], x.numel // x.shape[0]
 
 
-def _tile(channels: int, rows: int = 2048) -> tuple[int, int]:
-    """Rows, at most so many, and channels of a tile of 2048 numbers."""
+def _tile(channels: int, rows: int = 2048, numbers: int = 2048) -> tuple[int, int]:
+    """Rows, at most so many, and channels of a tile of that many numbers."""
     c = power(channels, 1, 64)
-    return min(2048 // c, rows), c
+    return min(numbers // c, rows), c
 
 
 @rule("batchnorm_stats_fwd")
@@ -396,7 +396,7 @@ def batchnorm_running_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) 
 
 def _sums(s: Site, attrs: Attrs, mode: str, extent: str, counted: str, x: View, **operands: Any) -> tuple[Temp, Temp, dict[str, Any]]:
     """The two sums of every chunk, and what finishing them needs."""
-    (c, p), (bm, bc) = _pixels(x), _tile(x.shape[0], SUMMED)
+    (c, p), (bm, bc) = _pixels(x), _tile(x.shape[0], SUMMED, 1024 if mode == "bwd_stats_jvp" else 2048)
     table, most, tasks = s.own(extent)
     chunks = blocks(most * p, CHUNK)
     one, two = s.temp(tasks * chunks * c), s.temp(tasks * chunks * c)
