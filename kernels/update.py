@@ -10,11 +10,18 @@ from fastmaml.kernels.tiles import rows_of
 
 
 @triton.jit
-def axpy(count, a, s, b, y, sign, per, a_task, s_task, b_task, y_task, EACH: tl.constexpr, BLOCK: tl.constexpr):
-    """*count rows of ``per`` numbers of each task; a, s or b may be absent. EACH: s has a number for each. Grid: blocks, tasks."""
+def axpy(count, offsets, a, s, b, y, sign, per, a_task, s_task, b_task, y_task, EACH: tl.constexpr, BLOCK: tl.constexpr):
+    """*count rows of ``per`` numbers of each task, or with ``offsets`` those of its rows; a, s or b may be absent. EACH: s has a number for each.
+
+    Grid: blocks, tasks."""
     t = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = i < tl.load(count).to(tl.int64) * per
+    if offsets is None:
+        there = i < tl.load(count).to(tl.int64) * per
+    else:
+        first, rows = rows_of(offsets, t)
+        there = i < rows.to(tl.int64) * per
+        i += first * per
     v = tl.zeros((BLOCK,), tl.float32)
     if b is not None:
         v = sign * tl.load(b + t * b_task + i, there, 0.0)

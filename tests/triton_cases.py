@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
-from random_programs import Case, error, norm, numbers_for, random_case
+from random_programs import Case, error, gradients, norm, numbers_for, random_case
 from test_torch_executor import OPTIONS, focal, option_case, run_halves
 from torch import Tensor
 
@@ -295,6 +295,23 @@ def test_all_options(kind: str, option: str) -> None:
 @pytest.mark.parametrize(("steps", "first_order"), [(0, False), (1, False), (1, True)])
 def test_few_steps_and_first_order(steps: int, first_order: bool) -> None:
     judge_plan(small("conv", "plain", steps, first_order=first_order, memory="fast"))
+
+
+def test_a_rate_of_each_task() -> None:
+    """With a factored first layer: rows of every task are scaled by its own number."""
+    case = small("linear", "factored", 2)
+    rates = {name: dataclasses.replace(rate, home="task") for name, rate in case.arrangement.rates.items()}
+    case = dataclasses.replace(case, arrangement=dataclasses.replace(case.arrangement, rates=rates), rates={"lr": torch.tensor([0.2, 0.1])})
+    case = on_device(case)
+    plan = case.plan()
+    truth = {}
+    for t in range(2):  # a batch of one, with its rate
+        one = dataclasses.replace(case, batch=case.batch.select(t), rates={"lr": case.rates["lr"][t]})
+        one = dataclasses.replace(one, arrangement=dataclasses.replace(one.arrangement, rates=small("linear", "factored", 2).arrangement.rates))
+        for name, g in gradients(TorchExecutor(one.plan()).forward(one.call()), case.leaves).items():
+            truth[name] = truth.get(name, 0) + g / 2
+    got = gradients(TritonExecutor(plan, "highest").forward(case.call(torch.float32)), case.leaves)
+    assert error(got, truth, ZERO) <= 1e-5
 
 
 @pytest.mark.slow

@@ -133,8 +133,11 @@ class Site:
 
     def axpy(self, y: View, a: View | None, s: View | None, b: View | None, sign: float = 1.0) -> None:
         """y = a + sign s b."""
-        count, n, copies = self.span(y)
-        args = dict(count=count, a=data(a), s=data(s), b=data(b), y=y.data, sign=sign, per=y.numel)
+        offsets, (count, n, copies) = None, self.span(y)
+        if y.rows and step(s):  # each task's rows by a number of its own
+            offsets, most, copies = self.own(y.rows)
+            n = most * y.numel
+        args = dict(count=count, offsets=offsets, a=data(a), s=data(s), b=data(b), y=y.data, sign=sign, per=y.numel)
         args |= dict(a_task=step(a), s_task=step(s), b_task=step(b), y_task=y.task)
         self.launch(update.axpy, (blocks(n, BLOCK), copies), **args, EACH=s is not None and s.numel > 1, BLOCK=BLOCK)
 
@@ -723,6 +726,11 @@ def join_rows_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     (support, query), (joint,) = inputs, outputs
     _copy_rows(s, support, joint, "support")
     _copy_rows(s, query, joint, "query", y_behind="support")
+
+
+@rule("support_rows_fwd")
+def support_rows_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
+    _copy_rows(s, inputs[0], outputs[0], "support")
 
 
 @rule("query_rows_fwd")
