@@ -3,7 +3,8 @@
 csrc/cpu/bindings.cpp    the only file that sees Python; glue, so -O1
 csrc/cpu/*.cpp           portable: no ISA flags, so that choosing a tier never needs one
 csrc/cpu/kernels/*.cpp   once per tier of ISA_FLAGS, into build/<tag>/<tier>/<op>.o
-csrc/cuda/               fastmaml._cuda, where nvcc is
+csrc/cuda/               fastmaml._cuda, where nvcc is; csrc/cuda/*.cu by nvcc
+csrc/cuda/host/*.cpp     with the rest of csrc/cuda as host code: fastmaml._cuda_host, for the tests of a source tree (in-place builds)
 
 Reads FASTMAML_CUDA=auto|0|1, FASTMAML_CUDA_ARCHS=80;90, FASTMAML_SANITIZE=0|1, CXX, CUDA_HOME, MAX_JOBS.
 """
@@ -104,7 +105,7 @@ def python_flags():
     return " ".join(["-O1", *(shlex.quote(f"-isystem{include}") for include in sorted(includes))])
 
 
-def write_manifest(nvcc, openmp):
+def write_manifest(nvcc, openmp, tests):
     """Writes build.ninja; returns the libraries it makes, by the extension's name."""
     lines = [RULES]
 
@@ -128,10 +129,13 @@ def write_manifest(nvcc, openmp):
         objects += compile("cpu/kernels", tier, f"-DFASTMAML_ISA={tier} {isa}")
     libraries = {"fastmaml._cpu": library("_cpu", objects, CXX, openmp)}
     if nvcc:  # nvcc links cudart statically: on a machine without CUDA, _cuda imports and counts no devices
-        objects, nvcc = list(compile("cuda", "cuda", openmp)), shlex.quote(nvcc)
+        objects, nvcc = list(compile("cuda", "cuda", "")), shlex.quote(nvcc)
         for source in sorted(Path("csrc/cuda").glob("*.cu")):
             objects.append(edge(BUILD / f"cuda/{source.name}.o", "nvcc", [source], nvcc=nvcc, flags=cuda_flags()))
-        libraries["fastmaml._cuda"] = library("_cuda", objects, nvcc, openmp and f"-Xcompiler={openmp}")
+        libraries["fastmaml._cuda"] = library("_cuda", objects, nvcc, "")
+    if tests:  # -O1: half of the time to compile, and fibers are slow anyway
+        objects = [*compile("cuda", "cuda_host", "-DFASTMAML_CUDA_HOST=1"), *compile("cuda/host", "cuda_host/host", "-O1")]
+        libraries["fastmaml._cuda_host"] = library("_cuda_host", objects, CXX, "")
     BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
     return libraries
@@ -153,7 +157,7 @@ class BuildNative(build_ext):
         if shutil.which(shlex.split(CXX)[0]) is None:
             raise SystemExit(f"fastmaml needs a C++17 compiler: {CXX!r} was not found, CXX= names another")
         (nvcc, why_no_cuda), openmp = find_nvcc(), openmp_flag()
-        libraries = write_manifest(nvcc, openmp)
+        libraries = write_manifest(nvcc, openmp, tests=self.source_tree)
         run_ninja("-t", "cleandead", stdout=subprocess.DEVNULL)  # objects whose source is gone
         run_ninja(*(["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []))
         if not SANITIZE:
@@ -170,7 +174,12 @@ class BuildNative(build_ext):
 
     def run(self):
         self.force = True  # ninja alone decides what is out of date
+        self.source_tree = bool(self.inplace) and not SANITIZE  # while it runs, setuptools forgets that it is in place
         super().run()
+        host = self.get_ext_filename("fastmaml._cuda_host")
+        if self.source_tree:
+            Path(host).unlink(missing_ok=True)
+            shutil.copy2(Path(self.build_lib, host), host)
         if not find_nvcc()[0]:  # a library of an earlier build must not be found in place of this one's reason
             for folder in [self.build_lib, "."] if self.inplace else [self.build_lib]:
                 Path(folder, self.get_ext_filename("fastmaml._cuda")).unlink(missing_ok=True)

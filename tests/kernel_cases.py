@@ -13,6 +13,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from fastmaml.executors.cpu_kernels import native
 from fastmaml.executors.torch_kernels import KERNELS
 from fastmaml.plan.instructions import Buffer, Instruction, Ref
 
-TIERS = _cpu.tiers()
+TIERS = _cpu.tiers()  # and "device forward", "device reversed", "device shuffled7": the CUDA device functions as host code
 LANE, PANEL, NARROW = 16, 64, 8  # as in plan.h
 DTYPES = {"mask": torch.uint8, "bytes": torch.uint8, "ints": torch.int32, "label": torch.int64, "double": torch.float64}
 Tensors = list[Tensor | None]
@@ -199,13 +200,10 @@ class Case:
         for operand in given:
             if operand.bytes is None:  # an input of an earlier run is as it was
                 operand.pack()
-        end, task = max(self.n, 1), (0, self.support, self.n - self.support, self.ways)
-        for row0 in range(0, end, block or end):
-            count = min(block or end, self.n - row0)
-            pointers = [0 if o is None else o.pointer(row0) for o in home]
-            strides = [0 if o is None else o.stride for o in home]
-            where = count, row0, self.n, row0 == 0, row0 + count == self.n, parts
-            _cpu.call_kernel(tier, self.kernel, pointers, strides, *where, self.sizes, self.numbers, task)
+        if tier.startswith("device"):
+            self._on_device(tier.split()[1], home, threads=64 if parts == 1 else 32 * min(parts, 4))
+        else:
+            self._in_blocks(tier, home, block, parts)
         for operand in given:
             assert id(operand) in overwritten or torch.equal(operand.bytes, operand.before), "an input was written"
         first = len(self.inputs)
@@ -213,6 +211,28 @@ class Case:
         for operand in given:
             operand.bytes = None if id(operand) in overwritten else operand.bytes
         return got
+
+    def _task(self) -> tuple[int, int, int, int]:
+        return 0, self.support, self.n - self.support, self.ways
+
+    def _in_blocks(self, tier: str, home: list[Operand | None], block: int | None, parts: int) -> None:
+        end = max(self.n, 1)
+        for row0 in range(0, end, block or end):
+            count = min(block or end, self.n - row0)
+            pointers = [0 if o is None else o.pointer(row0) for o in home]
+            strides = [0 if o is None else o.stride for o in home]
+            where = count, row0, self.n, row0 == 0, row0 + count == self.n, parts
+            _cpu.call_kernel(tier, self.kernel, pointers, strides, *where, self.sizes, self.numbers, self._task())
+
+    def _on_device(self, order: str, home: list[Operand | None], threads: int) -> None:
+        """All rows at once: what is a team to the CPU is a number of threads here."""
+        device = pytest.importorskip("fastmaml._cuda_host")
+        images = any(o is not None and o.kind in ("image", "conv", "bytes", "ints") for o in home)
+        if self.kernel not in device.kernels() or images:
+            pytest.skip("not of vectors")
+        pointers = [0 if o is None else o.pointer(0) for o in home]
+        strides = [0 if o is None else o.stride for o in home]
+        device.call_kernel(order, threads, self.kernel, pointers, strides, self.n, self.sizes, self.numbers, self._task())
 
     def reference(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         def cast(operand: Operand | None) -> Tensor | None:

@@ -12,15 +12,13 @@ from torch import float32
 
 from fastmaml.executors.autograd import AutogradExecutor
 from fastmaml.executors.cpu import CpuExecutor
+from fastmaml.executors.cuda import CudaExecutor
 from fastmaml.executors.opaque import is_opaque
 from fastmaml.executors.torch import TorchExecutor
 from fastmaml.plan.instructions import Plan
 
-Executor = CpuExecutor | TorchExecutor
+Executor = CpuExecutor | CudaExecutor | TorchExecutor
 BACKENDS = ("auto", "cpu", "torch", "autograd", "cuda", "triton")
-NOT_YET = {
-    "cuda": "fastmaml._cuda is not part of this version",
-}
 
 
 class BackendError(RuntimeError):
@@ -29,8 +27,6 @@ class BackendError(RuntimeError):
 
 def why_not(backend: str, plan: Plan, dtype: DType, device: Device) -> str | None:
     """Why a backend cannot run a Plan on tensors of this dtype and device, or None."""
-    if backend in NOT_YET:
-        return NOT_YET[backend]
     opaque = is_opaque(plan)
     if backend == "autograd":
         return None if opaque else "the model was traced"
@@ -40,11 +36,11 @@ def why_not(backend: str, plan: Plan, dtype: DType, device: Device) -> str | Non
         return None
     if backend == "triton":
         return why_not_triton(dtype, device) or triton_executor()[0].why_not(plan, device)
-    if device.type != "cpu":
+    if device.type != backend:
         return f"the parameters are on {device}"
     if dtype != float32:
         return f"the parameters are {str(dtype).removeprefix('torch.')}, the kernels are float32"
-    return CpuExecutor.why_not(plan)
+    return CpuExecutor.why_not(plan) if backend == "cpu" else CudaExecutor.why_not(plan)
 
 
 @functools.cache
@@ -68,12 +64,12 @@ def why_not_triton(dtype: DType, device: Device) -> str | None:
 
 def choose(backend: str, plan: Plan, dtype: DType, device: Device, precision: str = "high") -> Executor:
     """The executor for a Plan. "auto" takes the best that can run it; any other name is that backend or a BackendError."""
-    classes = {"cpu": CpuExecutor, "torch": TorchExecutor, "autograd": AutogradExecutor}
-    native = ("triton",) if device.type == "cuda" else ("cpu",)
+    classes = {"cpu": CpuExecutor, "cuda": CudaExecutor, "torch": TorchExecutor, "autograd": AutogradExecutor}
+    native = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     order = (*native, "torch", "autograd") if backend == "auto" else (backend,)
     for name in order:
         reason = why_not(name, plan, dtype, device)
         if reason is None:
             return triton_executor()[0](plan, precision) if name == "triton" else classes[name](plan)
-    able = [name for name in ("cpu", "triton", "torch", "autograd") if why_not(name, plan, dtype, device) is None]
+    able = [name for name in ("cpu", "cuda", "triton", "torch", "autograd") if why_not(name, plan, dtype, device) is None]
     raise BackendError(f"backend={backend!r} cannot run this model: {reason}. Able to: {', '.join(map(repr, able))}, or backend='auto'.")

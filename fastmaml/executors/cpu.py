@@ -7,8 +7,10 @@ caller at a time, so that several threads may run one object.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,11 +67,10 @@ class Prepared:
     """A lowering with its native Plan and its idle workspaces."""
 
     def __init__(self, plan: Plan, support: int, query: int, block_rows: int | None) -> None:
-        ids = {name: i for i, name in enumerate(_cpu.kernels())}
         self.plan = plan
         self.capacity = rows_capacity(support, query)
-        self.lowering = Lowering(plan, self.capacity, ids, block_rows)
-        self.native = _cpu.Plan(self.lowering.words)
+        self.lowering = Lowering(plan, self.capacity, self.kernel_ids(), block_rows)
+        self.native = self.build()
         self.inputs, self.outputs = self.lowering.inputs, self.lowering.outputs
         self.task_buffers = self.lowering.task_buffers
         at = {name: i for i, name in enumerate(self.task_buffers)}
@@ -83,6 +84,12 @@ class Prepared:
         shapes = {name: ((b.steps,) if b.steps else ()) + b.shape for name in self.outputs for b in (plan.buffers[name],)}
         self.gradients = {name: _template(shape) for name, shape in shapes.items()}
         self.idle: dict[tuple[int, ...], list[Workspace]] = {}
+
+    def kernel_ids(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(_cpu.kernels())}
+
+    def build(self) -> Any:
+        return _cpu.Plan(self.lowering.words)
 
     def sizes(self, key: tuple[int, ...]) -> tuple[int, int, dict[str, int]]:
         """Bytes of the parts of a workspace for key = tasks, threads, support rows, query rows: meta, work, what is kept per task."""
@@ -103,10 +110,10 @@ class Prepared:
         pointers = [0] * len(self.task_buffers)
         for i, name in self.kept:
             pointers[i] = _aligned(arrays[name])
-        results = [(i, name, _template(self._shape(name, key[0], key[3]))) for i, name in self.results]
+        results = [(i, name, _template(self.shape_of(name, key[0], key[3]))) for i, name in self.results]
         return Workspace(_bytes(meta), _bytes(work), arrays, pointers, results, _template((key[0],), torch.bool))
 
-    def _shape(self, name: str, tasks: int, query: int) -> tuple[int, ...]:
+    def shape_of(self, name: str, tasks: int, query: int) -> tuple[int, ...]:
         """Of a result, its rows padded where it is an array of each task (see ``shaped``)."""
         buffer = self.plan.buffers[name]
         if buffer.rows:
@@ -126,6 +133,26 @@ class Prepared:
                 values[name] = values[name][:, first:]
         return values
 
+    def masks(self, batch: TaskBatch, kept: Mapping[str, Tensor]) -> dict:
+        """The recorded decisions out of the bytes that are kept for the tasks: (buffer, step) -> one tensor per task, bool of a ReLU, int64 of a pooling."""
+        out, sizes, lowering = {}, {"support": batch.support_sizes, "query": batch.query_sizes}, self.lowering
+        for _, name in self.kept:
+            buffer = self.plan.buffers[name]
+            if buffer.kind not in ("mask", "index") or name not in self.plan.results:
+                continue
+            stride, step_stride = lowering._stride(buffer), lowering._step_stride(buffer)
+            for slot in range(max(buffer.steps, 1)):
+                tasks = []
+                for t in range(len(batch)):
+                    rows = sizes[buffer.rows][t] if buffer.rows in sizes else batch.support_sizes[t] + batch.query_sizes[t]
+                    if lowering.by_rows(name):
+                        at = sum(sizes[buffer.rows][:t]) * stride
+                    else:
+                        at = t * lowering.kept_bytes(name) + slot * step_stride
+                    tasks.append(lowering.decisions(name, kept[name][at : at + rows * stride].view(rows, stride)))
+                out[name, slot] = tasks
+        return out
+
     def give_back(self, key: tuple[int, ...], workspace: Workspace) -> None:
         if len(self.idle) > 4:  # batches of ever new sizes must not pile up
             self.idle.clear()
@@ -138,6 +165,10 @@ def _bytes(size: int) -> Tensor:
 
 def _aligned(tensor: Tensor) -> int:
     return (tensor.data_ptr() + 63) // 64 * 64
+
+
+def _offset(tensor: Tensor) -> int:
+    return _aligned(tensor) - tensor.data_ptr()
 
 
 def _template(shape: tuple[int, ...], dtype: torch.dtype = _REAL) -> Tensor:
@@ -220,7 +251,7 @@ class CpuExecutor:
         gradients = self._gradients(prepared, call) if self.plan.entries == 1 else {}
         all_finite = self._execute(prepared, call, 0, threads, workspace, gradients, finite)
         if call.record:
-            values.update(self._masks(prepared, workspace, batch))
+            values.update(prepared.masks(batch, {name: bytes[_offset(bytes) :] for name, bytes in workspace.kept.items()}))
         state = None
         if self.plan.entries == 1:
             prepared.give_back(key, workspace)
@@ -283,24 +314,3 @@ class CpuExecutor:
         if call.sinks:
             return {name: call.sinks[name] for name in prepared.outputs if name in call.sinks}
         return {name: torch.empty_like(template) for name, template in prepared.gradients.items()}
-
-    def _masks(self, prepared: Prepared, workspace: Workspace, batch) -> dict:
-        """The recorded decisions: (buffer, step) -> one tensor per task, bool of a ReLU, int64 of a pooling."""
-        out, sizes = {}, {"support": batch.support_sizes, "query": batch.query_sizes}
-        for _, name in prepared.kept:
-            buffer, lowering = self.plan.buffers[name], prepared.lowering
-            if buffer.kind not in ("mask", "index") or name not in self.plan.results:
-                continue
-            stride, step_stride = lowering._stride(buffer), lowering._step_stride(buffer)
-            start = _aligned(workspace.kept[name]) - workspace.kept[name].data_ptr()
-            for slot in range(max(buffer.steps, 1)):
-                tasks = []
-                for t in range(len(batch)):
-                    rows = sizes[buffer.rows][t] if buffer.rows in sizes else batch.support_sizes[t] + batch.query_sizes[t]
-                    if lowering.by_rows(name):
-                        at = start + sum(sizes[buffer.rows][:t]) * stride
-                    else:
-                        at = start + t * lowering.kept_bytes(name) + slot * step_stride
-                    tasks.append(lowering.decisions(name, workspace.kept[name][at : at + rows * stride].view(rows, stride)))
-                out[name, slot] = tasks
-        return out

@@ -306,6 +306,7 @@ class Lowering:
         offsets, arena_bytes = arena_layout(arena, self._bytes, ALIGN)
         for name, offset in offsets.items():
             self.at[name] = (HOMES["run"], 0, size["run"] + offset)
+        self.scratch_at = size["run"]  # in the run's memory: what is kept over the steps before it, one arena behind
         self.meta_bytes, self.run_bytes = pad(size["meta"], ALIGN), pad(size["run"] + arena_bytes, ALIGN)
 
     def _aliased(self, used: set[str]) -> Mapping[str, object]:

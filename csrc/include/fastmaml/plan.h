@@ -7,6 +7,12 @@
 #include <cstdint>
 #include <vector>
 
+#ifdef __CUDACC__
+#define FASTMAML_ANYWHERE __host__ __device__ inline
+#else
+#define FASTMAML_ANYWHERE inline
+#endif
+
 namespace fastmaml {
 
 constexpr int64_t kLane = 16;   // floats; every row stride is a multiple of it, on every instruction set
@@ -16,7 +22,7 @@ constexpr int kMaxOperands = 16;
 constexpr int kMaxSizes = 16;
 constexpr int kMaxNumbers = 4;
 
-inline int64_t pad_lane(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
+FASTMAML_ANYWHERE int64_t pad_lane(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
 
 enum class Rows : int32_t { kNone, kSupport, kQuery, kJoint };
 
@@ -109,25 +115,25 @@ struct Plan {
 // A packed [out, in] weight: panels of kPanel outputs, each [in][width]; width = what is left, padded to kLane. With at
 // most kNarrow outputs: [out][in padded to kLane]. A convolution's [out, channels, taps] is packed as [out, in] with
 // in = taps * channels, the channels of a tap together, and is never narrow.
-inline bool is_narrow(int64_t out, int64_t taps = 0) { return taps == 0 && out <= kNarrow; }
-inline int64_t packed_floats(int64_t in, int64_t out, int64_t taps = 0) {
+FASTMAML_ANYWHERE bool is_narrow(int64_t out, int64_t taps = 0) { return taps == 0 && out <= kNarrow; }
+FASTMAML_ANYWHERE int64_t packed_floats(int64_t in, int64_t out, int64_t taps = 0) {
     return is_narrow(out, taps) ? out * pad_lane(in) : in * pad_lane(out);
 }
-inline int64_t packed_width(int64_t panel, int64_t out) {
+FASTMAML_ANYWHERE int64_t packed_width(int64_t panel, int64_t out) {
     int64_t left = pad_lane(out) - panel * kPanel;
     return left < kPanel ? left : kPanel;
 }
 // Of the first input's element of output o.
-inline int64_t packed_offset(int64_t o, int64_t in, int64_t out, int64_t taps = 0) {
+FASTMAML_ANYWHERE int64_t packed_offset(int64_t o, int64_t in, int64_t out, int64_t taps = 0) {
     return is_narrow(out, taps) ? o * pad_lane(in) : o / kPanel * kPanel * in + o % kPanel;
 }
 // From one input's element to the next.
-inline int64_t packed_stride(int64_t o, int64_t out, int64_t taps = 0) {
+FASTMAML_ANYWHERE int64_t packed_stride(int64_t o, int64_t out, int64_t taps = 0) {
     return is_narrow(out, taps) ? 1 : packed_width(o / kPanel, out);
 }
 // Which input stands at row k of a packed weight: of a convolution's plain [channels, taps] the packed one is the
 // transpose.
-inline int64_t packed_input(int64_t k, int64_t in, int64_t taps) {
+FASTMAML_ANYWHERE int64_t packed_input(int64_t k, int64_t in, int64_t taps) {
     return taps == 0 ? k : k % (in / taps) * taps + k / (in / taps);
 }
 

@@ -1,0 +1,110 @@
+// The kernel, its launch, and what there is to know of the device.
+#include "executor.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+
+#include "walk.cuh"
+
+namespace fastmaml {
+namespace cuda {
+
+extern __shared__ char shared_memory[];
+
+__global__ void __launch_bounds__(512) run_plan(const __grid_constant__ Launch l) {
+    const Block b = {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+    Walk(b, l, static_cast<int>(blockIdx.x), shared_memory).run();
+}
+
+static void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // what was wrong here is not wrong for the next caller
+    throw std::runtime_error(std::string("fastmaml._cuda: ") + what + ": " + cudaGetErrorString(error));
+}
+
+int device_count(std::string& why_none) {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        why_none = cudaGetErrorString(error);
+        return 0;
+    }
+    return count;
+}
+
+static int attribute(cudaDeviceAttr which, int index) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, index), "cudaDeviceGetAttribute");
+    return value;
+}
+
+Device device(int index) {
+    cudaDeviceProp properties;
+    check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+    return {properties.name, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index), properties.multiProcessorCount,
+            properties.major, properties.minor};
+}
+
+struct OnDevice {  // the caller's current device comes back
+    int before = 0;
+    explicit OnDevice(int index) {
+        check(cudaGetDevice(&before), "cudaGetDevice");
+        if (index != before) check(cudaSetDevice(index), "cudaSetDevice");
+    }
+    ~OnDevice() { cudaSetDevice(before); }
+};
+
+static const FlatPlan& head(const std::vector<char>& plan) { return *reinterpret_cast<const FlatPlan*>(plan.data()); }
+
+static int shared_bytes(const FlatPlan& p) {
+    return static_cast<int>(fixed_shared_bytes(p.threads) + p.shared_arena_bytes);
+}
+
+// Shared memory beyond 48 KB is asked for once per device: the kernel may then use all that a block can have.
+static void allow_shared(int index) {
+    static std::mutex mutex;
+    static std::vector<bool> allowed;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (static_cast<int>(allowed.size()) <= index) allowed.resize(index + 1);
+    if (allowed[index]) return;
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    check(cudaFuncSetAttribute(run_plan, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+    allowed[index] = true;
+}
+
+int resident_blocks(const std::vector<char>& plan, int index) {
+    const OnDevice on(index);
+    allow_shared(index);
+    int blocks = 0;
+    const FlatPlan& p = head(plan);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, run_plan, p.threads, shared_bytes(p)), "occupancy");
+    return std::max(1, blocks * attribute(cudaDevAttrMultiProcessorCount, index));
+}
+
+void launch(const std::vector<char>& plan, const Launch& l, int index, void* stream, const std::string&) {
+    const OnDevice on(index);
+    allow_shared(index);
+    const FlatPlan& p = head(plan);
+    run_plan<<<l.blocks, p.threads, shared_bytes(p), static_cast<cudaStream_t>(stream)>>>(l);
+    check(cudaGetLastError(), "launch");
+}
+
+void call_kernel(const Instruction&, const std::vector<Place>&, const Task&, int, int, const std::string&) {
+    throw std::runtime_error("fastmaml._cuda: single device functions run on the host, in fastmaml._cuda_host");
+}
+
+std::vector<int> supported_kernels() {
+    return {
+#define FASTMAML_ID(name) kId_##name,
+        FASTMAML_CUDA_ROWS(FASTMAML_ID) FASTMAML_CUDA_BLOCKS(FASTMAML_ID)
+#undef FASTMAML_ID
+    };
+}
+
+}  // namespace cuda
+}  // namespace fastmaml

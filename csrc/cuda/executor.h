@@ -1,0 +1,32 @@
+// What bindings.cpp calls: executor.cu on a device, host/executor.cpp as fibers on the host.
+#pragma once
+#include <string>
+
+#include "flat.h"
+
+namespace fastmaml {
+namespace cuda {
+
+struct Device {
+    std::string name;
+    int64_t shared_bytes = 0;  // that one block may use
+    int multiprocessors = 0, major = 0, minor = 0;
+};
+
+int device_count(std::string& why_none);
+Device device(int index);
+
+// How many blocks run at once.
+int resident_blocks(const std::vector<char>& plan, int device);
+
+// order: of the threads of the host. All throw std::runtime_error with what CUDA says.
+void launch(const std::vector<char>& plan, const Launch& launch, int device, void* stream, const std::string& order);
+
+// One device function on its own, on the host: places of its operands, then as in a Plan.
+void call_kernel(const Instruction& in, const std::vector<Place>& places, const Task& task, int rows, int threads,
+                 const std::string& order);
+
+std::vector<int> supported_kernels();
+
+}  // namespace cuda
+}  // namespace fastmaml

@@ -1,0 +1,67 @@
+// The same walk on the host, every thread a fiber: for tests. Shared memory is poisoned before each launch.
+#include "../executor.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "../walk.cuh"
+
+namespace fastmaml {
+namespace cuda {
+namespace {
+
+struct Scheduled {  // "forward", "reversed" or "shuffled", with a seed behind it: "shuffled7"
+    host::Order order = host::Order::kForward;
+    uint64_t seed = 0;
+    explicit Scheduled(const std::string& text) {
+        const size_t digits = text.find_first_of("0123456789");
+        const std::string name = text.substr(0, digits);
+        if (digits != std::string::npos) seed = std::stoull(text.substr(digits));
+        if (name == "reversed")
+            order = host::Order::kReversed;
+        else if (name == "shuffled")
+            order = host::Order::kShuffled;
+        else if (name != "forward")
+            throw std::runtime_error("order " + text + ": must be forward, reversed or shuffled");
+    }
+};
+
+struct Aligned {  // poisoned: bytes 255, which as floats are NaN
+    std::vector<char> memory;
+    explicit Aligned(int64_t bytes) : memory(bytes + 64, static_cast<char>(0xff)) {}
+    char* data() { return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64; }
+};
+
+}  // namespace
+
+int device_count(std::string&) { return 1; }
+Device device(int) { return {"the host, threads as fibers", 163 * 1024, 3, 0, 0}; }
+int resident_blocks(const std::vector<char>&, int) { return 3; }
+
+void launch(const std::vector<char>& plan, const Launch& l, int, void*, const std::string& order) {
+    const FlatPlan& p = *reinterpret_cast<const FlatPlan*>(plan.data());
+    const Scheduled how(order);
+    std::vector<Aligned> shared;
+    for (int i = 0; i < l.blocks; ++i) shared.emplace_back(fixed_shared_bytes(p.threads) + p.shared_arena_bytes);
+    host::Grid grid(l.blocks, p.threads, how.order, how.seed);
+    grid.run([&](int block, const Block& b) { Walk(b, l, block, shared[block].data()).run(); });
+}
+
+void call_kernel(const Instruction& in, const std::vector<Place>& places, const Task& task, int rows, int threads,
+                 const std::string& order) {
+    const Scheduled how(order);
+    std::vector<double> partials(kPartials, nan(""));
+    host::Grid grid(1, threads, how.order, how.seed);
+    grid.run([&](int, const Block& b) { dispatch(prepare(b, &in, places.data(), &task, partials.data(), rows)); });
+}
+
+std::vector<int> supported_kernels() {
+    return {
+#define FASTMAML_ID(name) kId_##name,
+        FASTMAML_CUDA_ROWS(FASTMAML_ID) FASTMAML_CUDA_BLOCKS(FASTMAML_ID)
+#undef FASTMAML_ID
+    };
+}
+
+}  // namespace cuda
+}  // namespace fastmaml

@@ -1,0 +1,149 @@
+#undef _FORTIFY_SOURCE  // its longjmp takes a jump to another stack for a mistake
+#include "fibers.h"
+
+#include <ucontext.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "../block.cuh"
+
+namespace fastmaml {
+namespace cuda {
+namespace host {
+
+constexpr size_t kStack = 128 * 1024;
+static thread_local Fiber* starting = nullptr;
+
+struct Grid::Memory {
+    std::unique_ptr<char[]> stacks;
+    ucontext_t context;
+};
+
+Grid::Grid(int blocks, int threads, Order order, uint64_t seed)
+    : blocks_(blocks),
+      threads_(threads),
+      order_(order),
+      seed_(seed * 2 + 1),
+      fibers_(blocks * threads),
+      slots_(8 * blocks * threads),
+      votes_(blocks),
+      memory_(new Memory) {
+    memory_->stacks.reset(new char[kStack * fibers_.size()]);
+}
+
+Grid::~Grid() = default;
+
+void Fiber::wait(Meet what) {
+    state = what;
+    if (!_setjmp(here)) _longjmp(grid->back_, 1);
+}
+
+void Fiber::gather(const void* mine, size_t bytes, void* all) {
+    const int first = block * grid->threads_ + thread / kWarp * kWarp;
+    std::memcpy(&grid->slots_[8 * (first + thread % kWarp)], mine, bytes);
+    wait(kWarpOnly);
+    for (int lane = 0; lane < kWarp; ++lane)
+        std::memcpy(static_cast<char*>(all) + lane * bytes, &grid->slots_[8 * (first + lane)], bytes);
+    wait(kWarpOnly);
+}
+
+bool Fiber::any(bool v) {
+    int& vote = grid->votes_[block];
+    vote |= v;
+    wait(kBlock);
+    const bool found = vote != 0;
+    wait(kBlock);
+    vote = 0;
+    wait(kBlock);
+    return found;
+}
+
+void Grid::begin() {  // on the fiber's own stack
+    Fiber* const fiber = starting;
+    fiber->grid->body_(fiber->block, Block{fiber->thread, fiber->grid->threads_, fiber});
+    fiber->state = kDone;
+    _longjmp(fiber->grid->back_, 1);
+}
+
+void Grid::resume(Fiber& fiber) {
+    fiber.state = kRunning;
+    if (_setjmp(back_)) return;
+    if (fiber.started) _longjmp(fiber.here, 1);
+    fiber.started = true;
+    starting = &fiber;
+    ucontext_t& context = memory_->context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = memory_->stacks.get() + kStack * (&fiber - fibers_.data());
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, &Grid::begin, 0);
+    setcontext(&context);
+}
+
+std::vector<int> Grid::ordered(int n) {
+    std::vector<int> numbers(n);
+    for (int i = 0; i < n; ++i) numbers[i] = order_ == Order::kReversed ? n - 1 - i : i;
+    for (int i = n - 1; order_ == Order::kShuffled && i > 0; --i) {
+        seed_ = seed_ * 6364136223846793005u + 1442695040888963407u;
+        std::swap(numbers[i], numbers[(seed_ >> 33) % (i + 1)]);
+    }
+    return numbers;
+}
+
+// Until every thread of the warp waits for more than the warp; whether any of them moved.
+bool Grid::advance_warp(int block, int warp) {
+    bool moved = false;
+    for (;;) {
+        int waiting = 0, last = kRunning;
+        for (int lane : ordered(kWarp)) {
+            Fiber& fiber = at(block, warp * kWarp + lane);
+            if (fiber.state == kRunning) resume(fiber), moved = true;
+            waiting += fiber.state == kWarpOnly;
+            last = fiber.state;
+        }
+        if (waiting == 0) return moved;
+        if (waiting != kWarp)
+            throw std::runtime_error("block " + std::to_string(block) + ", warp " + std::to_string(warp) + ": " +
+                                     std::to_string(waiting) + " threads of 32 wait for the others, which are in state " +
+                                     std::to_string(last));
+        for (int lane = 0; lane < kWarp; ++lane) at(block, warp * kWarp + lane).state = kRunning;
+    }
+}
+
+// Until every thread waits for another block, or is done, or a barrier has been passed; whether any of them moved.
+bool Grid::advance_block(int block) {
+    bool moved = false;
+    for (int t = 0; t < threads_; ++t)
+        if (at(block, t).state == kOthers) at(block, t).state = kRunning;
+    for (int warp : ordered(threads_ / kWarp)) moved |= advance_warp(block, warp);
+    int waiting = 0, done = 0;
+    for (int t = 0; t < threads_; ++t) waiting += at(block, t).state == kBlock, done += at(block, t).state == kDone;
+    if (waiting == threads_)
+        for (int t = 0; t < threads_; ++t) at(block, t).state = kRunning;
+    else if (done && waiting)
+        throw std::runtime_error("block " + std::to_string(block) + ": " + std::to_string(done) +
+                                 " threads ended while " + std::to_string(waiting) + " wait for all");
+    return moved;
+}
+
+void Grid::run(std::function<void(int, const Block&)> body) {
+    body_ = std::move(body);
+    for (int b = 0; b < blocks_; ++b)
+        for (int t = 0; t < threads_; ++t) {
+            Fiber& fiber = at(b, t);
+            fiber.grid = this, fiber.block = b, fiber.thread = t, fiber.started = false, fiber.state = kRunning;
+        }
+    for (;;) {
+        int done = 0;
+        bool moved = false;
+        for (int block : ordered(blocks_)) moved |= advance_block(block);
+        for (const Fiber& fiber : fibers_) done += fiber.state == kDone;
+        if (done == static_cast<int>(fibers_.size())) return;
+        if (!moved) throw std::runtime_error("no thread can go on: some wait at a barrier for threads that wait elsewhere");
+    }
+}
+
+}  // namespace host
+}  // namespace cuda
+}  // namespace fastmaml

@@ -1,0 +1,298 @@
+"""The ``cuda`` executor: networks whose tasks are small (fully connected ones, with all that may come around them) in float32, one launch for each half
+of a meta-iteration.
+
+The Plan is lowered as for the ``cpu`` executor (the same numbers, with device functions of the same names behind them), flattened into one piece of
+device memory per capacity (the largest task), and walked there: a thread block runs a task. All other memory comes from torch's allocator at each call
+and goes back behind it, so that streams, threads and captured graphs need no care; a launch waits for nothing, and nothing is read back but the tasks'
+finite flags, when somebody asks for them.
+
+``CudaExecutor(plan, native=fastmaml._cuda_host)`` runs the same device functions as host code on CPU tensors: that is how they are tested.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaml.batch import TaskBatch
+from fastmaml.executors.call import Call, Results
+from fastmaml.executors.cpu import LOWERINGS, Prepared
+from fastmaml.executors.cpu_kernels import native as native_call
+from fastmaml.executors.cpu_lowering import Lowering, pad, rows_capacity
+from fastmaml.plan.instructions import Plan
+
+try:
+    from fastmaml import _cuda
+
+    IMPORT_ERROR: str | None = None
+except ImportError as error:  # kept, and shown when the executor is asked for
+    _cuda = None
+    IMPORT_ERROR = str(error)
+
+WHOLE = 1 << 30  # rows of a block: all of them, nothing is gained by fewer
+UPLOADS = 64  # small arrays kept on each device: offsets, ways, task weights
+_REAL = torch.float32
+
+
+class DeviceResults(Results):
+    """Whose ``all_finite`` is read from the device when it is asked for. While a graph is captured nothing can be read: it is True then, and with
+    ``strict`` the gradients of a replay that finds a task not finite stay as they were."""
+
+    __slots__ = ("_known",)
+
+    @property
+    def all_finite(self) -> bool:
+        if self._known is None:
+            self._known = bool(self.finite.all())
+        return self._known
+
+    @all_finite.setter
+    def all_finite(self, known: bool | None) -> None:
+        self._known = known
+
+
+@dataclass
+class State:
+    """Between the halves: what a call has laid out, and what it was given."""
+
+    call: Call
+    prepared: CudaPrepared
+    memory: Tensor
+    at: dict[str, int]
+    given: dict[int, Tensor]
+    versions: dict[int, int]
+    finite: Tensor
+
+
+class CudaPrepared(Prepared):
+    """A lowering for one capacity and device, flattened; its bytes on the device are uploaded once."""
+
+    def __init__(self, plan: Plan, support: int, query: int, executor: CudaExecutor, device: torch.device) -> None:
+        self.module, self.device = executor.native, device
+        self.shared_limit, self.threads = executor.shared_limit, executor.threads
+        super().__init__(plan, support, query, WHOLE)
+        self.on_device = torch.frombuffer(bytearray(self.native.bytes), dtype=torch.uint8).to(device)
+
+    def kernel_ids(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.module.all_kernels())}
+
+    def build(self) -> Any:
+        limit = self.shared_limit or self.module.device(self.device.index or 0)["shared_bytes"]
+        return self.module.Plan(self.lowering.words, self.lowering.scratch_at, limit, self.threads)
+
+    def blocks(self, tasks: int) -> int:
+        return min(tasks, self.module.resident_blocks(self.native, self.device.index or 0))
+
+    def layout(self, batch: TaskBatch) -> dict[str, int]:
+        """Bytes by purpose, in the order in which they lie."""
+        tasks, rows, low = len(batch), {"support": sum(batch.support_sizes), "query": sum(batch.query_sizes)}, self.lowering
+        sizes = {"meta": self.native.meta_bytes, "arenas": self.blocks(tasks) * self.native.arena_bytes, "sums": 4 * tasks * self.native.sums_floats}
+        for _, name in self.kept:
+            sizes[name] = rows[low.buffers[name].rows] * low.row_bytes(name) if low.by_rows(name) else tasks * low.kept_bytes(name)
+        return sizes
+
+
+class CudaExecutor:
+    """Runs ``plan`` on the GPU where the call's tensors are, on torch's current stream. For tests: ``native`` the module of device functions,
+    ``threads`` of a block, ``shared_limit`` bytes of its shared memory, ``order`` of the host's threads ("forward", "reversed", "shuffled7")."""
+
+    name = "cuda"
+
+    def __init__(
+        self, plan: Plan, native: ModuleType | None = None, threads: int = 0, shared_limit: int = 0, order: str = "forward", blocks: int = 0
+    ) -> None:
+        self.native = native or _cuda
+        if self.native is None:
+            raise RuntimeError(IMPORT_ERROR)
+        self.plan, self.threads, self.shared_limit, self.order, self.most_blocks = plan, threads, shared_limit, order, blocks
+        self._prepared: OrderedDict[tuple, CudaPrepared] = OrderedDict()
+        self._uploaded: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._counters: dict[tuple, Tensor] = {}
+        self._captured: list[Any] = []  # what a captured graph points to, beside the memory of its own
+
+    @staticmethod
+    def why_not(plan: Plan, native: ModuleType | None = None) -> str | None:
+        """Why the executor cannot run a Plan, or None."""
+        module = native or _cuda
+        if module is None:
+            return f"fastmaml._cuda could not be imported ({IMPORT_ERROR}): it is built where nvcc is"
+        count, why = module.devices()
+        if not count:
+            return f"CUDA finds no device: {why}"
+        known = set(module.kernels())
+        for segment in plan.segments.values():
+            for group in segment.groups:
+                for instr in group.instructions:
+                    try:
+                        call = native_call(instr, plan.buffers, group.rows)
+                    except NotImplementedError as error:
+                        return str(error)
+                    if call.kernel not in known or call.pixels != 1:
+                        return f"{instr.kernel} has no device function: it runs networks of vectors, not of images"
+        try:
+            ids = {name: i for i, name in enumerate(module.all_kernels())}
+            lowering = Lowering(plan, rows_capacity(1, 1), ids, WHOLE)
+            module.Plan(lowering.words, lowering.scratch_at, 48 * 1024, 0)
+        except RuntimeError as error:  # a limit, named
+            return str(error)
+        return None
+
+    def prepared(self, batch: TaskBatch) -> CudaPrepared:
+        device = batch.support_x.device
+        key = (max(batch.support_sizes), max(batch.query_sizes), device)
+        found = self._prepared.get(key)
+        if found is None:
+            self._not_while_capturing(device)
+            found = self._prepared[key] = CudaPrepared(self.plan, *key[:2], self, device)
+            if len(self._prepared) > LOWERINGS:
+                self._prepared.popitem(last=False)
+        return found
+
+    def memory(self, batch: TaskBatch) -> dict[str, int]:
+        """Bytes that a call lays out, beside the caller's tensors and the results, and the shared memory of a block."""
+        prepared = self.prepared(batch)
+        sizes = prepared.layout(batch)
+        meta, arenas, sums = (sizes.pop(name) for name in ("meta", "arenas", "sums"))
+        return {
+            "parameters and gradients, packed": meta,
+            "tasks in flight": arenas,
+            "gradients of every task": sums,
+            "kept for every task": sum(sizes.values()),
+            "shared memory of a block": prepared.native.shared_arena_bytes,
+        }
+
+    # ------------------------------------------------------------------------------------------------------- running
+    def forward(self, call: Call) -> Results:
+        batch, prepared = call.batch, self.prepared(call.batch)
+        memory, at = self._lay_out(prepared, batch)
+        stored, values, sizes = batch.stored(), {}, (len(batch), sum(batch.query_sizes))
+        given = {i: _as(stored[part], dtype) for i, part, dtype in prepared.data}
+        given |= {i: _as(call.leaves[name], _REAL) for i, name in prepared.leaves}
+        pointers = self._kept(prepared, at)
+        for i, tensor in given.items():
+            pointers[i] = tensor.data_ptr()
+        for i, name in prepared.results:
+            values[name] = torch.empty(prepared.shape_of(name, *sizes), dtype=_REAL, device=prepared.device)
+            pointers[i] = values[name].data_ptr()
+        finite = torch.empty(len(batch), dtype=torch.bool, device=prepared.device)
+        gradients = self._gradients(prepared, call) if self.plan.entries == 1 else {}
+        self._execute(prepared, call, 0, pointers, gradients, at, finite)
+        if call.record:
+            values.update(prepared.masks(batch, {name: memory[at[name] - memory.data_ptr() :] for _, name in prepared.kept}))
+        state = None
+        if self.plan.entries == 2:
+            state = State(call, prepared, memory, at, given, {i: tensor._version for i, tensor in given.items()}, finite)
+        return self._results(prepared, values, gradients, finite, state)
+
+    def reverse(self, state: State, dlogits: list[Tensor]) -> Results:
+        prepared, call = state.prepared, state.call
+        for i, tensor in state.given.items():
+            if tensor._version != state.versions[i]:
+                raise RuntimeError(f"{prepared.task_buffers[i]} was changed in place between forward and backward: pass a copy to maml(...)")
+        joined = torch.cat([d.to(_REAL) for d in dlogits]).contiguous()
+        pointers, values, sizes = self._kept(prepared, state.at), {}, (len(call.batch), sum(call.batch.query_sizes))
+        for i, tensor in state.given.items():
+            pointers[i] = tensor.data_ptr()
+        for i, name in prepared.results:
+            if name.startswith("grad."):  # of a task's own leaves
+                values[name] = torch.empty(prepared.shape_of(name, *sizes), dtype=_REAL, device=prepared.device)
+                pointers[i] = values[name].data_ptr()
+        pointers[prepared.dlogits] = joined.data_ptr()
+        gradients, finite = self._gradients(prepared, call), state.finite.clone()
+        self._execute(prepared, call, 1, pointers, gradients, state.at, finite)
+        return self._results(prepared, values, gradients, finite, None)
+
+    def _results(self, prepared: CudaPrepared, values: dict, gradients: dict, finite: Tensor, state: State | None) -> Results:
+        known = True if _capturing(prepared.device) else None
+        return DeviceResults({**prepared.shaped(values), **gradients}, finite, state, self.name, known)
+
+    def _execute(self, prepared: CudaPrepared, call: Call, half: int, pointers: list[int], gradients: dict, at: dict[str, int], finite: Tensor) -> None:
+        batch, device = call.batch, prepared.device
+        tables = [self._upload(table, device) for table in (batch.support_offsets, batch.query_offsets, batch.ways, call.task_weights)]
+        given = {**call.weights, **call.rates, **call.leaves}
+        inputs = [_as(given[name], _REAL) for name in prepared.inputs]
+        outputs = [gradients[name].data_ptr() if name in gradients else 0 for name in prepared.outputs]
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        counters = self._counters_of(device, stream)
+        if _capturing(device):
+            self._captured += [prepared, tables]
+        blocks = min(prepared.blocks(len(batch)), self.most_blocks or WHOLE)
+        self.native.execute(
+            *(prepared.native, device.index or 0, stream, self.order, prepared.on_device.data_ptr(), len(batch), half, blocks),
+            *(0 if table is None else table.data_ptr() for table in tables),
+            call.task_weight(0) if call.task_weights is None else 1.0,
+            [*pointers, *(tensor.data_ptr() for tensor in inputs), *outputs],
+            *(bool(call.sinks), bool(call.sinks) and call.strict),
+            *(at[name] for name in ("meta", "arenas", "sums")),
+            *(counters.data_ptr(), finite.data_ptr()),
+        )
+
+    # ------------------------------------------------------------------------------------------------------- memory
+    def _lay_out(self, prepared: CudaPrepared, batch: TaskBatch) -> tuple[Tensor, dict[str, int]]:
+        """One piece of memory, and the address of each part of it."""
+        sizes = prepared.layout(batch)
+        total = sum(pad(size, 64) for size in sizes.values())
+        try:
+            memory = torch.empty(total + 64, dtype=torch.uint8, device=prepared.device)
+        except torch.OutOfMemoryError as error:
+            parts = ", ".join(f"{name} {size / 2**20:.1f} MB" for name, size in self.memory(batch).items())
+            raise torch.OutOfMemoryError(
+                f"the Plan of {len(batch)} tasks needs {total / 2**20:.1f} MB of device memory beside the tasks ({parts}): give fewer tasks at once"
+            ) from error
+        at, end = {}, pad(memory.data_ptr(), 64)
+        for name, size in sizes.items():
+            at[name], end = end, end + pad(size, 64)
+        return memory, at
+
+    def _kept(self, prepared: CudaPrepared, at: dict[str, int]) -> list[int]:
+        """Pointers of the task buffers, those of what is kept filled in."""
+        pointers = [0] * len(prepared.task_buffers)
+        for i, name in prepared.kept:
+            pointers[i] = at[name]
+        return pointers
+
+    def _gradients(self, prepared: CudaPrepared, call: Call) -> dict[str, Tensor]:
+        """Where the gradients go: the caller's own arrays (added to), or new ones."""
+        if call.sinks:
+            return {name: call.sinks[name] for name in prepared.outputs if name in call.sinks}
+        return {name: torch.empty_like(template, device=prepared.device) for name, template in prepared.gradients.items()}
+
+    def _upload(self, table: Tensor | None, device: torch.device) -> Tensor | None:
+        """A small array of the host on the device, kept by its contents: the next batch has the same sizes."""
+        if table is None or device.type != "cuda":
+            return table
+        key = (device, table.dtype, tuple(table.tolist()))
+        found = self._uploaded.get(key)
+        if found is None:
+            self._not_while_capturing(device)
+            found = self._uploaded[key] = table.to(device)
+            if len(self._uploaded) > UPLOADS:
+                self._uploaded.popitem(last=False)
+        return found
+
+    def _counters_of(self, device: torch.device, stream: int) -> Tensor:
+        """Zeros, which every launch leaves as zeros: one set for each stream, and one for each captured launch."""
+        if _capturing(device):
+            return torch.zeros(self.native.counters, dtype=torch.int32, device=device)
+        key = (device, stream)
+        if key not in self._counters:
+            self._counters[key] = torch.zeros(self.native.counters, dtype=torch.int32, device=device)
+        return self._counters[key]
+
+    @staticmethod
+    def _not_while_capturing(device: torch.device) -> None:
+        if _capturing(device):
+            raise RuntimeError("the cuda executor has not run tasks of these sizes yet: call it once before the graph is captured")
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.detach().to(dtype).contiguous()
