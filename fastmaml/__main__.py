@@ -16,12 +16,14 @@ import torch
 
 import fastmaml
 from fastmaml import cli, machine
-from fastmaml.executors import BACKENDS, NOT_YET, triton_executor
+from fastmaml.executors import BACKENDS, triton_executor
 from fastmaml.executors import cpu as cpu_executor
+from fastmaml.executors import cuda as cuda_executor
 
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # and every FASTMAML_*
 RUNS = {
     "cpu": "native kernels, float32: fully connected and convolutional networks",
+    "cuda": "one launch for each half of a meta-iteration, float32: fully connected networks",
     "triton": "any traced model in float32 on an NVIDIA GPU",
     "torch": "any traced model, any dtype and device; not fast",
     "autograd": "any nn.Module; not fast",
@@ -57,6 +59,8 @@ def report() -> list[tuple[str, str]]:
     else:
         openmp = "with OpenMP" if native.openmp else "without OpenMP: one thread"
         lines.append(("built", f"fastmaml._cpu, {openmp}; tiers that run here: {', '.join(native.tiers())}"))
+    if cuda_executor._cuda is not None:
+        lines.append(("", f"fastmaml._cuda; devices: {_devices()}"))
     lines.append(("active", f"{_tier()}, {_threads()}"))
     lines.append(("backends", "auto takes the first of these that can run the model"))
     lines += [(f"  {name}", _backend(name)) for name in BACKENDS if name != "auto"]
@@ -84,18 +88,25 @@ def _threads() -> str:
 
 
 def _backend(name: str) -> str:
-    if name in NOT_YET:
-        return f"no: {NOT_YET[name]}"
     if name == "cpu" and cpu_executor._cpu is None:
         return f"no: fastmaml._cpu could not be imported: {cpu_executor.IMPORT_ERROR}"
     if name == "cpu" and _tier().startswith("no"):
         return f"no: {_tier()}"
+    if name == "cuda" and (why := cuda_executor.CudaExecutor.unavailable()):
+        return f"no: {why}"
     if name == "triton":
         if not torch.cuda.is_available():
             return "no: there is no NVIDIA GPU" + (f"; {why}" if (why := triton_executor()[1]) else "")
         if triton_executor()[1]:
             return f"no: {triton_executor()[1]}"
     return f"yes: {RUNS.get(name, 'available')}"
+
+
+def _devices() -> str:
+    module = cuda_executor._cuda
+    count, why = module.devices()
+    found = [module.device(i) for i in range(count)]
+    return ", ".join(f"{d['name']} (sm_{d['capability'][0]}{d['capability'][1]}, {d['shared_bytes'] // 1024} KB shared)" for d in found) or f"none ({why})"
 
 
 def _peak() -> str:

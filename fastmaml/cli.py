@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fastmaml.executors import BACKENDS, NOT_YET, BackendError
+from fastmaml.executors import BACKENDS, BackendError
 from fastmaml.output import NonFiniteError
 from fastmaml.training.evaluate import evaluate
 from fastmaml.training.settings import CHANGEABLE, DEFAULTS, SPLITS, Settings
@@ -129,7 +129,7 @@ def _train_arguments(parser: argparse.ArgumentParser, task: str) -> None:
         "a task that is not finite ends the run, or is left out (default raise)",
         choices=("raise", "skip"),
     )
-    add("backend", "default auto", choices=[name for name in BACKENDS if name not in NOT_YET])
+    add("backend", "default auto", choices=[name for name in BACKENDS if name not in ("cuda", "triton")])
     parser.set_defaults(run=_train, parser=parser)
 
 

@@ -24,6 +24,8 @@ from fastmaml.rates import InnerRates
 from fastmaml.state import Trained
 from fastmaml.watch import ModelView
 
+NATIVE = ("cpu", "cuda")  # executors that add to .grad themselves, and know the bytes they lay out
+
 
 class Ran(NamedTuple):
     """A call that has run. ``parameters``: what the gradients belong to, by name."""
@@ -53,7 +55,7 @@ class MAML(Trained):
     parameterisation    "full" | "anil" | "boil" | "head_only" | an object of ``fastmaml.parameterisation``: see ``fastmaml.methods``
     precision           "high" (on a GPU: HVP passes in TF32, with stored masks) | "highest" (float32 throughout) | "medium" (runs "high"); one on a CPU
     memory              "constant" (of one inner step alone up to 8 MB of activations per task in flight are kept) | "fast" (keeps those of all steps)
-    backend             "auto" | "cpu" | "triton" | "torch" | "autograd"; asked for by name it runs there or raises
+    backend             "auto" | "cpu" | "cuda" | "triton" | "torch" | "autograd"; asked for by name it runs there or raises
     on_nonfinite        "raise" | "skip" tasks whose loss or gradient is not finite
 
     Raises ValueError or TypeError naming the argument, its value and the way out.
@@ -198,7 +200,7 @@ class MAML(Trained):
         executor = self._executor(batch, inner_steps, batchnorm, entry)
         in_flight = torch.get_num_threads() if executor.name == "cpu" else len(batch)
         head = f"parameterisation {self.parameterisation.signature}: {self._describe()}\n"
-        return head + explain(executor.plan, batch, **machine.peaks(), in_flight=in_flight, laid_out=executor.memory(batch) if executor.name == "cpu" else None)
+        return head + explain(executor.plan, batch, **machine.peaks(), in_flight=in_flight, laid_out=executor.memory(batch) if executor.name in NATIVE else None)
 
     def _describe(self) -> str:
         """What is adapted, what is outer-learned only, what is constant."""
@@ -283,7 +285,7 @@ class MAML(Trained):
 
     def _sinks(self, runner: Runner) -> dict[str, Tensor]:
         """``.grad`` of the parameters, to be added to natively, if each has one that is plain; else nothing (they are set afterwards)."""
-        if runner.executor.name != "cpu" or self.rates.steps not in (None, runner.plan.steps):
+        if runner.executor.name not in NATIVE or self.rates.steps not in (None, runner.plan.steps):
             return {}
         out = {}
         for key, name in runner.gradients:

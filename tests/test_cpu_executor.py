@@ -42,14 +42,14 @@ def replayed(case: Case, plan: Plan, results: Results, dtype: torch.dtype = torc
     return {name: v for name, v in values.items() if isinstance(name, str) and name.startswith("grad.")}
 
 
-def masks_equal_error(case: Case, bound: float, **options: object) -> float:
+def masks_equal_error(case: Case, bound: float, executor: type = CpuExecutor, **options: object) -> float:
     """Error with the masks replayed; -1: it diverges.
 
     Above ``bound`` the case is ill-conditioned or the executor wrong: at most 8 times the error of float32 torch itself
     on the same Plan with the same masks, and of what the truth moves by when inputs and leaves are rounded.
     """
     plan = case.plan(record_masks=True)
-    results = CpuExecutor(plan, **options).forward(case.call(torch.float32, record=True))
+    results = executor(plan, **options).forward(case.call(torch.float32, record=True))
     truth = replayed(case, plan, results)
     if not truth:
         return 0.0
@@ -431,8 +431,12 @@ def test_non_finite_images_are_named_and_left_out(option: str, bad: dict[int, fl
 
 
 def left_out(case: Case, bad: dict[int, float], threads: int) -> None:
-    clean = CpuExecutor(case.plan()).forward(case.call(torch.float32, task_weights=without(case, bad)))
-    results = CpuExecutor(case.plan(), threads=threads).forward(spoiled(case, bad).call(torch.float32))
+    left_out_of(case, bad, CpuExecutor, threads=threads)
+
+
+def left_out_of(case: Case, bad: dict[int, float], executor: type, **options: object) -> None:
+    clean = executor(case.plan()).forward(case.call(torch.float32, task_weights=without(case, bad)))
+    results = executor(case.plan(), **options).forward(spoiled(case, bad).call(torch.float32))
     assert (~results.finite).nonzero().flatten().tolist() == sorted(bad)
     for name in clean.values:
         if name.startswith("grad."):

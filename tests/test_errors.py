@@ -108,7 +108,7 @@ OPTIONS = {
     "step weights nan": (lambda: build(step_loss_weights=[NAN]), ValueError, "step_loss_weights=[nan]", "finite"),
     "step weights type": (lambda: build(step_loss_weights="linear"), TypeError, "step_loss_weights='linear'", "one number per inner step"),
     "step weights of tensors": (lambda: build(step_loss_weights=[None]), TypeError, "step_loss_weights=[None]"),
-    "cuda": (lambda: call(options={"backend": "cuda"}), BackendError, "backend='cuda'", "not part of this version", "backend='auto'"),
+    "cuda": (lambda: call(options={"backend": "cuda"}), BackendError, "backend='cuda'", "the parameters are on cpu", "backend='auto'"),
 }
 RATES = {
     "type": (lambda: build(inner_lr="0.1"), TypeError, "inner_lr is '0.1'", "pass a number"),

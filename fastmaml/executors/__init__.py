@@ -18,7 +18,7 @@ from fastmaml.executors.torch import TorchExecutor
 from fastmaml.plan.instructions import Plan
 
 Executor = CpuExecutor | CudaExecutor | TorchExecutor
-BACKENDS = ("auto", "cpu", "torch", "autograd", "cuda", "triton")
+BACKENDS = ("auto", "cpu", "cuda", "triton", "torch", "autograd")
 
 
 class BackendError(RuntimeError):

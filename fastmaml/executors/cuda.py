@@ -116,14 +116,20 @@ class CudaExecutor:
         self._captured: list[Any] = []  # what a captured graph points to, beside the memory of its own
 
     @staticmethod
-    def why_not(plan: Plan, native: ModuleType | None = None) -> str | None:
-        """Why the executor cannot run a Plan, or None."""
+    def unavailable(native: ModuleType | None = None) -> str | None:
+        """Why it can run nothing here, or None."""
         module = native or _cuda
         if module is None:
             return f"fastmaml._cuda could not be imported ({IMPORT_ERROR}): it is built where nvcc is"
         count, why = module.devices()
-        if not count:
-            return f"CUDA finds no device: {why}"
+        return None if count else f"CUDA finds no device: {why}"
+
+    @staticmethod
+    def why_not(plan: Plan, native: ModuleType | None = None) -> str | None:
+        """Why the executor cannot run a Plan, or None."""
+        module, why = native or _cuda, CudaExecutor.unavailable(native)
+        if why:
+            return why
         known = set(module.kernels())
         for segment in plan.segments.values():
             for group in segment.groups:

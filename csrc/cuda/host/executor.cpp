@@ -10,21 +10,20 @@ namespace fastmaml {
 namespace cuda {
 namespace {
 
-struct Scheduled {  // "forward", "reversed" or "shuffled", with a seed behind it: "shuffled7"
-    host::Order order = host::Order::kForward;
-    uint64_t seed = 0;
-    explicit Scheduled(const std::string& text) {
-        const size_t digits = text.find_first_of("0123456789");
-        const std::string name = text.substr(0, digits);
-        if (digits != std::string::npos) seed = std::stoull(text.substr(digits));
-        if (name == "reversed")
-            order = host::Order::kReversed;
-        else if (name == "shuffled")
-            order = host::Order::kShuffled;
-        else if (name != "forward")
-            throw std::runtime_error("order " + text + ": must be forward, reversed or shuffled");
-    }
-};
+// "forward", "reversed" or "shuffled", with a seed behind it: "shuffled7"; behind that "-deaf"
+host::Schedule schedule_of(const std::string& text) {
+    const size_t digits = text.find_first_of("0123456789-");
+    const std::string name = text.substr(0, digits);
+    host::Schedule out;
+    if (digits != std::string::npos && text[digits] != '-') out.seed = std::stoull(text.substr(digits));
+    out.deaf = text.find("-deaf") != std::string::npos;
+    out.order = name == "reversed"   ? host::Order::kReversed
+                : name == "shuffled" ? host::Order::kShuffled
+                                     : host::Order::kForward;
+    if (name != "forward" && name != "reversed" && name != "shuffled")
+        throw std::runtime_error("order " + text + ": must be forward, reversed or shuffled");
+    return out;
+}
 
 struct Aligned {  // poisoned: bytes 255, which as floats are NaN
     std::vector<char> memory;
@@ -40,18 +39,16 @@ int resident_blocks(const std::vector<char>&, int) { return 3; }
 
 void launch(const std::vector<char>& plan, const Launch& l, int, void*, const std::string& order) {
     const FlatPlan& p = *reinterpret_cast<const FlatPlan*>(plan.data());
-    const Scheduled how(order);
     std::vector<Aligned> shared;
     for (int i = 0; i < l.blocks; ++i) shared.emplace_back(fixed_shared_bytes(p.threads) + p.shared_arena_bytes);
-    host::Grid grid(l.blocks, p.threads, how.order, how.seed);
+    host::Grid grid(l.blocks, p.threads, schedule_of(order));
     grid.run([&](int block, const Block& b) { Walk(b, l, block, shared[block].data()).run(); });
 }
 
 void call_kernel(const Instruction& in, const std::vector<Place>& places, const Task& task, int rows, int threads,
                  const std::string& order) {
-    const Scheduled how(order);
     std::vector<double> partials(kPartials, nan(""));
-    host::Grid grid(1, threads, how.order, how.seed);
+    host::Grid grid(1, threads, schedule_of(order));
     grid.run([&](int, const Block& b) { dispatch(prepare(b, &in, places.data(), &task, partials.data(), rows)); });
 }
 

@@ -15,26 +15,33 @@ namespace host {
 constexpr size_t kStack = 128 * 1024;
 static thread_local Fiber* starting = nullptr;
 
+static char* stacks(size_t fibers) {  // of this thread of the host, kept for its next grid
+    static thread_local std::unique_ptr<char[]> memory;
+    static thread_local size_t room = 0;
+    if (fibers > room) memory.reset(new char[kStack * fibers]), room = fibers;
+    return memory.get();
+}
+
 struct Grid::Memory {
-    std::unique_ptr<char[]> stacks;
+    char* stacks;
     ucontext_t context;
 };
 
-Grid::Grid(int blocks, int threads, Order order, uint64_t seed)
+Grid::Grid(int blocks, int threads, Schedule schedule)
     : blocks_(blocks),
       threads_(threads),
-      order_(order),
-      seed_(seed * 2 + 1),
+      order_(schedule.order),
+      deaf_(schedule.deaf),
+      seed_(schedule.seed * 2 + 1),
       fibers_(blocks * threads),
       slots_(8 * blocks * threads),
       votes_(blocks),
-      memory_(new Memory) {
-    memory_->stacks.reset(new char[kStack * fibers_.size()]);
-}
+      memory_(new Memory{stacks(fibers_.size()), {}}) {}
 
 Grid::~Grid() = default;
 
 void Fiber::wait(Meet what) {
+    if (what == kBlock && grid->deaf_) return;
     state = what;
     if (!_setjmp(here)) _longjmp(grid->back_, 1);
 }
@@ -74,7 +81,7 @@ void Grid::resume(Fiber& fiber) {
     starting = &fiber;
     ucontext_t& context = memory_->context;
     getcontext(&context);
-    context.uc_stack.ss_sp = memory_->stacks.get() + kStack * (&fiber - fibers_.data());
+    context.uc_stack.ss_sp = memory_->stacks + kStack * (&fiber - fibers_.data());
     context.uc_stack.ss_size = kStack;
     context.uc_link = nullptr;
     makecontext(&context, &Grid::begin, 0);

@@ -16,6 +16,11 @@ namespace host {
 
 enum Meet { kRunning, kWarpOnly, kBlock, kOthers, kDone };  // what a fiber waits for
 enum class Order { kForward, kReversed, kShuffled };
+struct Schedule {
+    Order order = Order::kForward;
+    uint64_t seed = 0;
+    bool deaf = false;  // pass the block's barriers by: to show that one that is missing shows
+};
 
 class Grid;
 
@@ -38,7 +43,7 @@ private:
 // wait at a barrier for others that never come.
 class Grid {
 public:
-    Grid(int blocks, int threads, Order order, uint64_t seed);
+    Grid(int blocks, int threads, Schedule schedule);
     ~Grid();
     void run(std::function<void(int, const Block&)> body);
 
@@ -55,6 +60,7 @@ private:
 
     int blocks_, threads_;
     Order order_;
+    bool deaf_;
     uint64_t seed_;
     std::vector<Fiber> fibers_;
     std::vector<char> slots_;   // of gather: 8 bytes for each thread
