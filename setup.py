@@ -53,7 +53,7 @@ rule cxx
   deps = gcc
   description = $out
 rule nvcc
-  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out
+  command = $nvcc $flags -Xptxas=-v -MMD -MF $out.d -c $in -o $out 2> $out.log; s=$$?; grep -v 'ptxas info\|bytes stack' $out.log >&2; exit $$s
   depfile = $out.d
   deps = gcc
   description = $out

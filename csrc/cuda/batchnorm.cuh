@@ -28,10 +28,10 @@ FM_DEVICE float rstd_of(const Call& c, int j, float var) { return j < c.size(0) 
 FM_DEVICE void batchnorm_stats_fwd(const Call& c) {  // x, mean, rstd
     const int n = stat_rows(c);
     each(c, padded(c.size(0)), [&](int j) {
-        const float rough = sum_rows(n, [&](int r, float sum) { return sum + c.row(0, r)[j]; }) / n;
-        const float rest = sum_rows(n, [&](int r, float sum) { return sum + (c.row(0, r)[j] - rough); }) / n;
+        const float rough = sum_terms(n, [&](int r, float sum) { return sum + c.row(0, r)[j]; }) / n;
+        const float rest = sum_terms(n, [&](int r, float sum) { return sum + (c.row(0, r)[j] - rough); }) / n;
         const float mean = rough + rest;  // rest: what rounding left in the first sum
-        const float m2 = sum_rows(n, [&](int r, float sum) {
+        const float m2 = sum_terms(n, [&](int r, float sum) {
             const float d = c.row(0, r)[j] - mean;
             return fmaf(d, d, sum);
         });
@@ -51,8 +51,8 @@ FM_DEVICE void batchnorm_stats_jvp(const Call& c) {  // x, mean, rstd, xt, meant
     const int n = stat_rows(c);
     each(c, padded(c.size(0)), [&](int j) {
         const Centre k(c, j);
-        const float along = sum_rows(n, [&](int r, float sum) { return fmaf(k.of(r), c.row(3, r)[j], sum); });
-        c.f(4)[j] = sum_rows(n, [&](int r, float sum) { return sum + c.row(3, r)[j]; }) / n;
+        const float along = sum_terms(n, [&](int r, float sum) { return fmaf(k.of(r), c.row(3, r)[j], sum); });
+        c.f(4)[j] = sum_terms(n, [&](int r, float sum) { return sum + c.row(3, r)[j]; }) / n;
         c.f(5)[j] = -(k.rstd * k.rstd * k.rstd) * (along / n);
     });
 }
@@ -78,8 +78,8 @@ FM_DEVICE void batchnorm_jvp(const Call& c) {  // x, mean, rstd, gamma?, xt?, me
 FM_DEVICE void batchnorm_bwd_stats(const Call& c) {  // x, mean, rstd, dy, s1, s2
     each(c, padded(c.size(0)), [&](int j) {
         const Centre k(c, j);
-        const float s1 = sum_rows(c.n, [&](int r, float sum) { return sum + c.row(3, r)[j]; });
-        const float s2 = sum_rows(c.n, [&](int r, float sum) { return fmaf(k.of(r), c.row(3, r)[j], sum); });
+        const float s1 = sum_terms(c.n, [&](int r, float sum) { return sum + c.row(3, r)[j]; });
+        const float s2 = sum_terms(c.n, [&](int r, float sum) { return fmaf(k.of(r), c.row(3, r)[j], sum); });
         if (c.has(4)) c.f(4)[j] = s1;
         if (c.has(5)) c.f(5)[j] = s2 * k.rstd;
     });
@@ -88,8 +88,8 @@ FM_DEVICE void batchnorm_bwd_stats(const Call& c) {  // x, mean, rstd, dy, s1, s
 FM_DEVICE void batchnorm_bwd_stats_jvp(const Call& c) {  // x, mean, rstd, dy?, xt?, meant?, rstdt?, dyt?, s1t?, s2t?
     each(c, padded(c.size(0)), [&](int j) {
         const Centre k(c, j);
-        const float s1t = sum_rows(c.n, [&](int r, float sum) { return sum + row_at(c, 7, r, j); });
-        const float s2t = sum_rows(c.n, [&](int r, float sum) {
+        const float s1t = sum_terms(c.n, [&](int r, float sum) { return sum + row_at(c, 7, r, j); });
+        const float s2t = sum_terms(c.n, [&](int r, float sum) {
             const float centred = k.of(r);
             return fmaf(row_at(c, 3, r, j), k.tangent(r, centred, 4), fmaf(centred * k.rstd, row_at(c, 7, r, j), sum));
         });

@@ -82,6 +82,8 @@ void call_kernel(const std::string& order, int threads, const std::string& name,
         throw std::runtime_error("call_kernel: operands and row_strides must have one entry per operand, at most 16");
     std::vector<cuda::Place> places(kMaxOperands, cuda::Place{nullptr, 0});
     for (size_t i = 0; i < operands.size(); ++i) places[i] = {pointer<char>(operands[i]), row_strides[i]};
+    sizes.resize(kMaxSizes, 0);
+    numbers.resize(kMaxNumbers, 0.f);
     std::copy(sizes.begin(), sizes.end(), in.sizes);
     std::copy(numbers.begin(), numbers.end(), in.numbers);
     const Task t = {std::get<0>(task), std::get<1>(task), std::get<2>(task), std::get<3>(task)};

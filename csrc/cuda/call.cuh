@@ -82,14 +82,14 @@ FM_DEVICE void store_scalar(float* out, double value) {  // the lane's other flo
     *out = static_cast<float>(value);
 }
 
-// A sum over rows of which no chain is longer than 32
+// The sum over i < count, of which no chain is longer than 32; add(i, chain) gives the chain with term i
 template <class F>
-FM_DEVICE float sum_rows(int rows, F term) {
+FM_DEVICE float sum_terms(int count, F add) {
     float total = 0.f;
-    for (int r = 0; r < rows;) {
-        const int stop = rows - r > kWarp ? r + kWarp : rows;
+    for (int i = 0; i < count;) {
+        const int stop = count - i > kWarp ? i + kWarp : count;
         float chain = 0.f;
-        for (; r < stop; ++r) chain = term(r, chain);
+        for (; i < stop; ++i) chain = add(i, chain);
         total += chain;
     }
     return total;

@@ -13,7 +13,7 @@
 namespace fastmaml {
 namespace cuda {
 
-extern __shared__ char shared_memory[];
+extern __shared__ __align__(64) char shared_memory[];
 
 __global__ void __launch_bounds__(512) run_plan(const __grid_constant__ Launch l) {
     const Block b = {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};

@@ -60,16 +60,14 @@ FM_DEVICE void sum_expr(const Call& c) {
         Index k(c, 0);
         for (int a = 3; a >= 0; --a)
             if (!(kept >> a & 1)) k.at[a] = i % c.size(a), i /= c.size(a);
-        float sum = 0.f;
-        for (int n = elements(c, summed), t = 0; t < n; ++t) {
-            int rest = t;
+        return sum_terms(elements(c, summed), [&](int rest, float sum) {
             for (int a = 3; a >= 0; --a)
                 if (kept >> a & 1) k.at[a] = rest % c.size(a), rest /= c.size(a);
             const int whole = k.in(c, 0), other = k.in(c, c.size(5));
             if (c.has(0)) sum += c.f(0)[whole] * (c.has(1) ? c.f(1)[other] : 1.f);
             if (c.has(2)) sum += c.f(2)[whole] * (c.has(3) ? c.f(3)[other] : 1.f);
-        }
-        return sum;
+            return sum;
+        });
     });
 }
 
@@ -80,7 +78,8 @@ FM_DEVICE void matmul_fwd(const Call& c) {  // a, b, c?, d?, out; sizes {m, n, k
         float sum = 0.f;
         for (int t = 0; t < 4; t += 2) {
             const float *a = c.f(t) + i / n * am, *b = c.f(t + 1) + i % n * bn;
-            for (int q = 0; c.has(t) && c.has(t + 1) && q < k; ++q) sum = fmaf(a[q * ak], b[q * bk], sum);
+            if (c.has(t) && c.has(t + 1))
+                sum += sum_terms(k, [&](int q, float chain) { return fmaf(a[q * ak], b[q * bk], chain); });
         }
         return sum;
     });

@@ -215,7 +215,7 @@ FM_DEVICE void backward_weight(const Call& c, const Outer& p, const Outer& q, fl
 
 FM_DEVICE void backward_bias(const Call& c, int d, float* db, const Epilogue& e) {
     each(c, padded(c.size(1)), [&](int o) {
-        db[o] = e(sum_rows(c.n, [&](int r, float sum) { return sum + c.row(d, r)[o]; }), o);
+        db[o] = e(sum_terms(c.n, [&](int r, float sum) { return sum + c.row(d, r)[o]; }), o);
     });
 }
 

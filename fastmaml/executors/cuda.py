@@ -11,7 +11,6 @@ finite flags, when somebody asks for them.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -76,6 +75,7 @@ class CudaPrepared(Prepared):
         self.module, self.device = executor.native, device
         self.shared_limit, self.threads = executor.shared_limit, executor.threads
         super().__init__(plan, support, query, WHOLE)
+        self.resident = self.module.resident_blocks(self.native, device.index or 0)
         self.on_device = torch.frombuffer(bytearray(self.native.bytes), dtype=torch.uint8).to(device)
 
     def kernel_ids(self) -> dict[str, int]:
@@ -86,7 +86,7 @@ class CudaPrepared(Prepared):
         return self.module.Plan(self.lowering.words, self.lowering.scratch_at, limit, self.threads)
 
     def blocks(self, tasks: int) -> int:
-        return min(tasks, self.module.resident_blocks(self.native, self.device.index or 0))
+        return min(tasks, self.resident)
 
     def layout(self, batch: TaskBatch) -> dict[str, int]:
         """Bytes by purpose, in the order in which they lie."""
@@ -110,8 +110,8 @@ class CudaExecutor:
         if self.native is None:
             raise RuntimeError(IMPORT_ERROR)
         self.plan, self.threads, self.shared_limit, self.order, self.most_blocks = plan, threads, shared_limit, order, blocks
-        self._prepared: OrderedDict[tuple, CudaPrepared] = OrderedDict()
-        self._uploaded: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._prepared: dict[tuple, CudaPrepared] = {}
+        self._uploaded: dict[tuple, Tensor] = {}
         self._counters: dict[tuple, Tensor] = {}
         self._captured: list[Any] = []  # what a captured graph points to, beside the memory of its own
 
@@ -154,9 +154,9 @@ class CudaExecutor:
         found = self._prepared.get(key)
         if found is None:
             self._not_while_capturing(device)
+            if len(self._prepared) >= LOWERINGS:
+                self._forget(self._prepared, device)
             found = self._prepared[key] = CudaPrepared(self.plan, *key[:2], self, device)
-            if len(self._prepared) > LOWERINGS:
-                self._prepared.popitem(last=False)
         return found
 
     def memory(self, batch: TaskBatch) -> dict[str, int]:
@@ -276,9 +276,9 @@ class CudaExecutor:
         found = self._uploaded.get(key)
         if found is None:
             self._not_while_capturing(device)
+            if len(self._uploaded) >= UPLOADS:
+                self._forget(self._uploaded, device)
             found = self._uploaded[key] = table.to(device)
-            if len(self._uploaded) > UPLOADS:
-                self._uploaded.popitem(last=False)
         return found
 
     def _counters_of(self, device: torch.device, stream: int) -> Tensor:
@@ -289,6 +289,13 @@ class CudaExecutor:
         if key not in self._counters:
             self._counters[key] = torch.zeros(self.native.counters, dtype=torch.int32, device=device)
         return self._counters[key]
+
+    @staticmethod
+    def _forget(kept: dict, device: torch.device) -> None:
+        """All of what a launch on any stream may still read."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        kept.clear()
 
     @staticmethod
     def _not_while_capturing(device: torch.device) -> None:

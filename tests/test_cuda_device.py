@@ -1,0 +1,176 @@
+"""The cuda executor on a device: agreement, bits, streams, captured graphs, memory. Everything here needs a GPU; test_cuda_executor.py asks the same of
+the same device functions on the host."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from random_programs import error, random_case, randoms
+from test_cpu_executor import NETS, ZERO, left_out_of, masks_equal_error, net_case, overflowing, ragged_case, same
+from test_cuda_executor import small_net, small_tasks, use
+
+import fastmaml
+from fastmaml.executors import cuda
+from fastmaml.executors.call import Call, Results
+from fastmaml.executors.cpu import CpuExecutor
+from fastmaml.executors.cuda import CudaExecutor
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(cuda._cuda is None, reason=f"fastmaml._cuda was not built: {cuda.IMPORT_ERROR}"),
+]
+
+
+def moved(call: Call) -> Call:
+    """The same call with its tensors on the device."""
+    parts = {name: {key: v.cuda() for key, v in getattr(call, name).items()} for name in ("leaves", "rates", "weights", "sinks")}
+    return dataclasses.replace(call, batch=call.batch.to("cuda"), **parts)
+
+
+class OnDevice(CudaExecutor):
+    """Takes and gives tensors of the host."""
+
+    def forward(self, call: Call) -> Results:
+        results = super().forward(moved(call))
+
+        def home(value):
+            return [v.cpu() for v in value] if isinstance(value, list) else value.cpu()
+
+        results.values = {name: home(value) for name, value in results.values.items()}
+        results.finite = results.finite.cpu()
+        return results
+
+
+def test_random_programs() -> None:
+    errors = [masks_equal_error(random_case(rng, native=True), 1e-5, OnDevice) for rng in randoms(200)]
+    judged = [e for e in errors if e >= 0]
+    assert len(judged) >= 190 and sum(e > 1e-5 for e in judged) <= 0.04 * len(judged)
+
+
+@pytest.mark.parametrize("memory", ["constant", "fast"])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("name", NETS)
+def test_reference_nets_with_equal_masks(name: str, steps: int, memory: str) -> None:
+    assert 0 <= masks_equal_error(net_case(name, tasks=16, steps=steps, memory=memory), 3e-5, OnDevice) <= 3e-5
+
+
+@pytest.mark.parametrize("option", ["second", "first", "fast", "steps", "factored"])
+def test_bits_do_not_depend_on_threads_blocks_places_or_runs(option: str) -> None:
+    case = ragged_case(option)
+    plan, call = case.plan(), case.call(torch.float32)
+    first = OnDevice(plan).forward(call)
+    for options in ({}, {"threads": 64}, {"blocks": 1}, {"blocks": 5}, {"shared_limit": 1}, {"shared_limit": 100_000}):
+        executor = OnDevice(plan, **options)
+        for _ in range(20):
+            same(first, executor.forward(call))
+
+
+def test_many_tasks() -> None:
+    """More than run at once."""
+    case = net_case("sinusoid", tasks=2000, steps=1, rows=(3, 2))
+    call = case.call(torch.float32)
+    results, exact = OnDevice(case.plan()).forward(call), CpuExecutor(case.plan()).forward(call)
+    assert error(results.values, exact.values, ZERO) <= 1e-4
+
+
+@pytest.mark.parametrize("option", ["second", "factored"])
+def test_non_finite_tasks_are_named_and_left_out(option: str) -> None:
+    left_out_of(ragged_case(option), {5: 3e38, 6: float("nan")}, OnDevice)
+
+
+def test_a_gradient_that_alone_is_infinite() -> None:
+    results = OnDevice(overflowing(3).plan()).forward(overflowing(3).call(torch.float32))
+    assert (~results.finite).nonzero().flatten().tolist() == [3]
+
+
+def test_through_maml() -> None:
+    maml = fastmaml.MAML(small_net().cuda(), inner_lr=0.1, inner_steps=2)
+    out = maml.meta_grad([v.cuda() for v in small_tasks()])
+    assert out.executor == "cuda"
+    on_device = use(small_net().cuda(), "cuda", lambda v: v.cuda())
+    for a, b in zip(on_device, use(small_net(), "cpu"), strict=True):
+        assert float((a.cpu() - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
+
+
+def test_a_captured_graph_follows_its_inputs() -> None:
+    """And needs its inputs only: what the executor laid out is the graph's own."""
+    case = ragged_case()
+    executor, call = CudaExecutor(case.plan()), moved(case.call(torch.float32))
+    sinks = {n: torch.zeros_like(v) for n, v in executor.forward(call).values.items() if n.startswith("grad.")}
+    call = dataclasses.replace(call, sinks=sinks)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = executor.forward(call)
+    other = {name: v + 0.01 for name, v in call.leaves.items()}
+    for name, v in call.leaves.items():
+        v.copy_(other[name])
+    for _ in range(3):
+        torch.full((1 << 24,), float("nan"), device="cuda")  # what was freed is somebody else's
+        for v in sinks.values():
+            v.zero_()
+        graph.replay()
+    direct = executor.forward(dataclasses.replace(call, sinks={}))
+    for name, sink in sinks.items():
+        assert torch.equal(sink, direct.values[name]), name
+    assert torch.equal(captured.values["loss.query"], direct.values["loss.query"])
+
+
+def test_a_graph_of_sizes_not_seen_before_is_refused() -> None:
+    case = ragged_case()
+    executor, call = CudaExecutor(case.plan()), moved(case.call(torch.float32))
+    with pytest.raises(RuntimeError, match="call it once before the graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        executor.forward(call)
+
+
+def test_streams() -> None:
+    """Calls of one object on several streams do not meet."""
+    case = ragged_case()
+    executor, call = CudaExecutor(case.plan()), moved(case.call(torch.float32))
+    first = executor.forward(call)
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in range(4)], []
+    for n in range(40):
+        with torch.cuda.stream(streams[n % 4]):
+            found.append(executor.forward(call))
+    torch.cuda.synchronize()
+    for other in found:
+        same(first, other)
+
+
+def test_a_launch_waits_for_nothing() -> None:
+    case = ragged_case()
+    executor, call = CudaExecutor(case.plan()), moved(case.call(torch.float32))
+    executor.forward(call)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        executor.forward(call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_out_of_memory_names_the_bytes_and_leaves_nothing() -> None:
+    case = ragged_case()
+    executor, call = CudaExecutor(case.plan(), shared_limit=1), moved(case.call(torch.float32))
+    executor.forward(call)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="the Plan of 17 tasks needs .* MB of device memory .*fewer tasks"):
+            executor.forward(call)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.cuda.memory_allocated() == before
+    executor.forward(call)
+
+
+def test_several_objects() -> None:
+    models = [small_net().cuda() for _ in range(3)]
+    tasks = [v.cuda() for v in small_tasks()]
+    mamls = [fastmaml.MAML(copy.deepcopy(m), inner_lr=0.1, inner_steps=k + 1) for k, m in enumerate(models)]
+    alone = [float(maml(tasks).loss) for maml in mamls]
+    assert [float(maml(tasks).loss) for maml in reversed(mamls)] == alone[::-1]
