@@ -75,8 +75,15 @@ run_tests() {
 
 build() { "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m fastmaml; }
 
-# compute-sanitizer on the tests of the CUDA kernels.
-sanitizer() { compute-sanitizer --error-exitcode 1 --require-cuda-init no "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_*.py; }
+# memcheck and racecheck on the device tests of the CUDA kernel: those that do not repeat themselves.
+sanitizer() {
+    local tool failed=0
+    for tool in memcheck racecheck; do
+        compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_device.py \
+            -k "maml or left_out or infinite or (nets and sinusoid) or (nets and tanh)" || failed=1
+    done
+    return $failed
+}
 
 # On the GPU where torch sees one, each peer also in a CUDA graph; else on the CPU, so that the script itself can be tried.
 bench() {
@@ -95,6 +102,8 @@ if step build 240 build; then
     step tests 420 run_tests
     if ! "$PYTHON" -c 'import fastmaml._cuda' 2>/dev/null; then
         note sanitizer "not run: there is no fastmaml._cuda" -
+    elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        note sanitizer "not run: there is no device" -
     elif ! command -v compute-sanitizer >/dev/null; then
         note sanitizer "not run: there is no compute-sanitizer" -
     else

@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from random_programs import Case, error, norm, random_case, randoms
-from test_cpu_executor import NETS, ZERO, left_out_of, masks_equal_error, net_case, overflowing, ragged_case, same, without
+from test_cpu_executor import (
+    NETS,
+    ZERO,
+    left_out_of,
+    masks_equal_error,
+    net_case,
+    overflowing,
+    ragged_case,
+    same,
+    without,
+)
 
 import fastmaml
 import fastmaml.nn as nets

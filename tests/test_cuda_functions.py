@@ -23,7 +23,6 @@ import test_linear
 import test_mse
 import test_relu
 import test_update
-from kernel_cases import Case
 
 _cuda_host = pytest.importorskip("fastmaml._cuda_host", reason="fastmaml._cuda_host is built in a source tree: python setup.py build_ext --inplace")
 

@@ -125,6 +125,35 @@ def test_only_bindings_know_python_and_nothing_knows_torch(path: Path) -> None:
             assert not header.startswith(("Python.h", "pybind11/")), f"{path.name} includes {header}"
 
 
+DEVICE = sorted((CSRC / "cuda").glob("*.cuh"))
+
+
+@pytest.mark.parametrize("path", DEVICE, ids=lambda p: p.name)
+def test_device_functions_are_for_nvcc_and_for_the_host(path: Path) -> None:
+    """What both compile includes neither CUDA's headers nor containers, and nothing but block.cuh asks who compiles it."""
+    allowed = {p.name for p in DEVICE} | {"flat.h", "host/fibers.h", "math.h", "stdint.h", "fastmaml/kernels.h"}
+    assert set(includes(path)) <= allowed
+    assert "__CUDACC__" not in path.read_text() or path.name == "block.cuh"
+    assert not re.search(r"\b(threadIdx|__syncthreads|__shfl|atomicAdd)", path.read_text()) or path.name == "block.cuh"
+
+
+def test_only_the_executor_includes_the_cuda_runtime() -> None:
+    using = {p.name for p in (CSRC / "cuda").rglob("*") if p.is_file() and any("cuda_runtime" in h for h in includes(p))}
+    assert using == {"executor.cu"}
+
+
+def test_a_device_function_lives_where_its_cpu_kernel_does() -> None:
+    text = (CSRC / "cuda/walk.cuh").read_text()
+    smooth = {f"{name}_{mode}" for name in re.findall(r"CUDA_SMOOTH\(K, (\w+)\)", text) for mode in ("fwd", "jvp", "bwd", "bwd_jvp")}
+    listed = smooth | set(re.findall(r"K\((\w+)\)", text.replace("K(name##", "")))
+    for name in listed:
+        found = [p.stem for p in (CSRC / "cpu/kernels").glob("*.cpp") if re.search(rf"^void {name}\(const Call", p.read_text(), re.MULTILINE)]
+        stem = found[0] if found else "activations"
+        mine = (CSRC / f"cuda/{stem}.cuh").read_text()
+        assert f"void {name}(const Call" in mine or f"FASTMAML_SMOOTH({name.split('_')[0]}," in mine, f"{name} is not in csrc/cuda/{stem}.cuh"
+    assert len(listed) > 80
+
+
 def test_building_needs_no_torch() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     requires = re.search(r"^\[build-system\]\nrequires = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
@@ -134,7 +163,7 @@ def test_building_needs_no_torch() -> None:
 
 def objects() -> list[Path]:
     return sorted(
-        p for p in (ROOT / "build" / sys.implementation.cache_tag).glob("*/*.o") if p.parent.name not in ("cpu", "cuda")
+        p for p in (ROOT / "build" / sys.implementation.cache_tag).glob("*/*.o") if p.parent.name not in ("cpu", "cuda", "cuda_host")
     )
 
 

@@ -59,7 +59,7 @@ struct Gelu {
 struct GeluTanh {  // (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
     FM_DEVICE explicit GeluTanh(const Call&) {}
     FM_DEVICE Jet operator()(float x) const {
-        const float a = 1.59576912f, b = 0.0713548163f;  // 2 sqrt(2 / pi), and that times 0.044715
+        const float a = 1.59576912f, b = 0.0713548163f;           // 2 sqrt(2 / pi), and that times 0.044715
         const float z = x < -30.f ? -30.f : x > 30.f ? 30.f : x;  // beyond, sigmoid' is zero: what it meets is finite
         const float g1 = fmaf(3.f * b, z * z, a), g2 = 6.f * b * z;
         const Jet s = logistic(z * fmaf(b, z * z, a));
@@ -117,10 +117,10 @@ FM_DEVICE void smooth_bwd_jvp(const Call& c) {  // x, xt?, dy?, dyt?, dxt
     });
 }
 
-#define FASTMAML_SMOOTH(name, A)                                         \
-    FM_DEVICE void name##_fwd(const Call& c) { smooth_fwd<A>(c); }       \
-    FM_DEVICE void name##_jvp(const Call& c) { smooth_jvp<A>(c); }       \
-    FM_DEVICE void name##_bwd(const Call& c) { smooth_jvp<A>(c); }       \
+#define FASTMAML_SMOOTH(name, A)                                   \
+    FM_DEVICE void name##_fwd(const Call& c) { smooth_fwd<A>(c); } \
+    FM_DEVICE void name##_jvp(const Call& c) { smooth_jvp<A>(c); } \
+    FM_DEVICE void name##_bwd(const Call& c) { smooth_jvp<A>(c); } \
     FM_DEVICE void name##_bwd_jvp(const Call& c) { smooth_bwd_jvp<A>(c); }
 FASTMAML_SMOOTH(tanh, Tanh)
 FASTMAML_SMOOTH(sigmoid, Sigmoid)

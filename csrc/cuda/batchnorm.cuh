@@ -23,7 +23,9 @@ struct Centre {  // operands x, mean, rstd lead in every kernel; xhatt = (xt - m
     }
 };
 
-FM_DEVICE float rstd_of(const Call& c, int j, float var) { return j < c.size(0) ? 1.f / sqrtf(var + c.number(0)) : 0.f; }
+FM_DEVICE float rstd_of(const Call& c, int j, float var) {
+    return j < c.size(0) ? 1.f / sqrtf(var + c.number(0)) : 0.f;
+}
 
 FM_DEVICE void batchnorm_stats_fwd(const Call& c) {  // x, mean, rstd
     const int n = stat_rows(c);

@@ -43,8 +43,8 @@ Flat read_flat(const std::vector<int64_t>& words, int64_t scratch_at, int64_t sh
         for (const Group& group : phase.groups)
             for (const Instruction& in : group.instructions)
                 if (std::find(known.begin(), known.end(), in.kernel) == known.end() || in.pixels != 1)
-                    throw std::runtime_error(std::string("fastmaml._cuda: no device function for ") + kNames[in.kernel] +
-                                             (in.pixels != 1 ? " of images" : ""));
+                    throw std::runtime_error(std::string("fastmaml._cuda: no device function for ") +
+                                             kNames[in.kernel] + (in.pixels != 1 ? " of images" : ""));
     return {cuda::flatten(plan, scratch_at, shared_limit, threads)};
 }
 
@@ -95,7 +95,8 @@ void call_kernel(const std::string& order, int threads, const std::string& name,
 PYBIND11_MODULE(FASTMAML_MODULE, m) {
     m.doc() = "fastmaml's CUDA device functions and the kernel that walks a Plan over them.";
     py::class_<Flat>(m, "Plan")
-        .def(py::init(&read_flat), py::arg("words"), py::arg("scratch_at"), py::arg("shared_limit"), py::arg("threads") = 0)
+        .def(py::init(&read_flat), py::arg("words"), py::arg("scratch_at"), py::arg("shared_limit"),
+             py::arg("threads") = 0)
         .def_property_readonly("bytes", [](const Flat& p) { return py::bytes(p.bytes.data(), p.bytes.size()); })
         .def_property_readonly("threads", [](const Flat& p) { return p.head().threads; })
         .def_property_readonly("meta_bytes", [](const Flat& p) { return p.head().meta_bytes; })
@@ -123,6 +124,7 @@ PYBIND11_MODULE(FASTMAML_MODULE, m) {
         for (int id : cuda::supported_kernels()) names.push_back(kNames[id]);
         return names;
     });
-    m.def("all_kernels", [] { return std::vector<std::string>(kNames, kNames + kKernelCount); },
-          "In the order of their numbers in a Plan.");
+    m.def(
+        "all_kernels", [] { return std::vector<std::string>(kNames, kNames + kKernelCount); },
+        "In the order of their numbers in a Plan.");
 }

@@ -1,8 +1,8 @@
 // What a device function sees of the hardware: a block of threads in warps of 32, its barriers, sums over a warp, and
-// counters that several blocks share. The same sources are compiled by nvcc and, for tests, by the host's compiler: there
-// every thread is a fiber (host/fibers.h) that runs until it meets a barrier, the threads one after another forward,
-// reversed or shuffled. So ordinary CUDA code is tested as it is, and a barrier that is missing, or that not all
-// threads reach, shows.
+// counters that several blocks share. The same sources are compiled by nvcc and, for tests, by the host's compiler:
+// there every thread is a fiber (host/fibers.h) that runs until it meets a barrier, the threads one after another
+// forward, reversed or shuffled. So ordinary CUDA code is tested as it is, and a barrier that is missing, or that not
+// all threads reach, shows.
 #pragma once
 #include <math.h>
 #include <stdint.h>

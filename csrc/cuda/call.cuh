@@ -27,7 +27,9 @@ struct Call {
     FM_DEVICE float* f(int i) const { return reinterpret_cast<float*>(operands[i].at); }
     FM_DEVICE uint8_t* mask(int i) const { return reinterpret_cast<uint8_t*>(operands[i].at); }
     FM_DEVICE int64_t stride(int i) const { return operands[i].row_stride / 4; }
-    FM_DEVICE float* row(int i, int r) const { return reinterpret_cast<float*>(operands[i].at + r * operands[i].row_stride); }
+    FM_DEVICE float* row(int i, int r) const {
+        return reinterpret_cast<float*>(operands[i].at + r * operands[i].row_stride);
+    }
     FM_DEVICE uint8_t* mask_row(int i, int r) const { return mask(i) + r * operands[i].row_stride; }
     FM_DEVICE int64_t label(int i, int r) const {
         return *reinterpret_cast<const int64_t*>(operands[i].at + r * operands[i].row_stride);
@@ -39,7 +41,9 @@ struct Call {
     FM_DEVICE float scalar(int i, float absent) const { return has(i) ? *f(i) : absent; }
 };
 
-FM_DEVICE int padded(int n) { return (n + static_cast<int>(kLane) - 1) / static_cast<int>(kLane) * static_cast<int>(kLane); }
+FM_DEVICE int padded(int n) {
+    return (n + static_cast<int>(kLane) - 1) / static_cast<int>(kLane) * static_cast<int>(kLane);
+}
 
 // f(row, column) once for each, by whichever thread
 template <class F>
@@ -102,7 +106,10 @@ struct Gate {
     uint8_t* mask;
     int64_t stride;
     FM_DEVICE Gate(const Call& c, int at)
-        : kind(static_cast<int>(c.number(0))), slope(c.number(1)), mask(c.mask(at)), stride(c.operands[at].row_stride) {}
+        : kind(static_cast<int>(c.number(0))),
+          slope(c.number(1)),
+          mask(c.mask(at)),
+          stride(c.operands[at].row_stride) {}
     FM_DEVICE float low(float v) const { return slope == 0.f ? 0.f : v * slope; }
     FM_DEVICE float operator()(float v, int row, int column) const {
         if (kind == 0) return v;

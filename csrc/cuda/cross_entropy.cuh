@@ -74,9 +74,8 @@ FM_DEVICE void cross_entropy_fwd(const Call& c) {  // z, label, weight?, loss?, 
         for (int j = 0; k.share != 0 && j < k.ways; ++j) term += k.share * k.weight_of(j) * (shift - z[j]);
         return term;
     });
-    const double right = sum_of_rows(c, [&](int r) -> double {
-        return c.has(4) && Softmax(c.row(0, r), nullptr, k.ways).argmax == c.label(1, r);
-    });
+    const double right = sum_of_rows(
+        c, [&](int r) -> double { return c.has(4) && Softmax(c.row(0, r), nullptr, k.ways).argmax == c.label(1, r); });
     put_scalar(c, 3, loss * k.scale);
     put_scalar(c, 4, right);
 }

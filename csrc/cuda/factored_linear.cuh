@@ -37,9 +37,8 @@ FM_DEVICE void factored_linear_fwd(const Call& c) {  // a, g, d, b?, y
 }
 
 FM_DEVICE void factored_linear_jvp(const Call& c) {  // d?, bt, yt
-    each_element(c, padded(c.size(0)), [&](int r, int j) {
-        c.row(2, r)[j] = (c.has(0) ? c.row(0, r)[j] : 0.f) + c.f(1)[j];
-    });
+    each_element(c, padded(c.size(0)),
+                 [&](int r, int j) { c.row(2, r)[j] = (c.has(0) ? c.row(0, r)[j] : 0.f) + c.f(1)[j]; });
 }
 
 FM_DEVICE void factored_linear_bwd(const Call& c) {  // g, dy, dd

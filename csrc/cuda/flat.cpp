@@ -25,7 +25,9 @@ std::vector<FlatPort> flat_ports(const std::vector<Port>& ports, bool stored, in
     count = 0;
     for (const Port& p : ports) {
         const int64_t plain = p.rows * p.cols;
-        const int64_t floats = !stored ? plain : p.layout == Layout::kPacked ? packed_floats(p.cols, p.rows) : pad_lane(plain);
+        const int64_t floats = !stored                       ? plain
+                               : p.layout == Layout::kPacked ? packed_floats(p.cols, p.rows)
+                                                             : pad_lane(plain);
         out.push_back({p, count, chunks(floats)});
         count += static_cast<int32_t>(p.steps) * out.back().chunks_of_slot;
     }
@@ -37,7 +39,8 @@ struct Split {  // of the run's memory: which of its two parts lie in shared mem
     int64_t scratch_at;
     void move(int32_t& base, int64_t& offset, int32_t shared) const {
         if (base != kArenaBase) return;
-        const bool second = offset >= scratch_at;  // slot 0 of a state that begins elsewhere would lie before its memory
+        const bool second =
+            offset >= scratch_at;  // slot 0 of a state that begins elsewhere would lie before its memory
         if (second && state != scratch) offset -= scratch_at;  // it has its kind of memory to itself
         if (second ? scratch : state) base = shared;
     }
@@ -89,10 +92,12 @@ std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_l
     const size_t pointers = plan.task_buffers.size() + plan.inputs.size() + plan.outputs.size();
     refuse(buffers > kMaxTaskBuffers, "the Plan keeps " + std::to_string(buffers) + " arrays for every task, at most " +
                                           std::to_string(kMaxTaskBuffers) + " can be addressed");
-    refuse(pointers > static_cast<size_t>(kMaxPointers),
-           "the Plan has " + std::to_string(pointers) + " inputs and outputs, a launch takes at most " + std::to_string(kMaxPointers));
+    refuse(pointers > static_cast<size_t>(kMaxPointers), "the Plan has " + std::to_string(pointers) +
+                                                             " inputs and outputs, a launch takes at most " +
+                                                             std::to_string(kMaxPointers));
     head.threads = threads ? threads : choose_threads(plan);
-    refuse(head.threads % 32 || head.threads > 512, std::to_string(head.threads) + " threads: must be a multiple of 32, at most 512");
+    refuse(head.threads % 32 || head.threads > 512,
+           std::to_string(head.threads) + " threads: must be a multiple of 32, at most 512");
     const Split split = choose(plan, scratch_at, shared_limit - fixed_shared_bytes(head.threads));
     head.shared_arena_bytes = (split.state ? scratch_at : 0) + (split.scratch ? plan.run_bytes - scratch_at : 0);
     head.arena_bytes = plan.run_bytes - head.shared_arena_bytes;
@@ -125,7 +130,12 @@ std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_l
             }
             groups.push_back({group.rows, {begin, static_cast<int32_t>(instructions.size())}});
         }
-        phases.push_back({phase.scope, phase.half, phase.start, phase.stop, phase.stride, after && phase.scope != Scope::kTask,
+        phases.push_back({phase.scope,
+                          phase.half,
+                          phase.start,
+                          phase.stop,
+                          phase.stride,
+                          after && phase.scope != Scope::kTask,
                           {first, static_cast<int32_t>(groups.size())}});
     }
     for (FlatReduction& r : reductions) r.first_chunk = head.sum_chunks, head.sum_chunks += chunks(r.count);
@@ -133,7 +143,8 @@ std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_l
     std::vector<char> out(sizeof head);
     std::vector<Scalars> checked = plan.checked;
     for (Scalars& s : checked) split.move(s.at, shared_base(buffers));
-    const auto inputs = flat_ports(plan.inputs, true, head.input_chunks), outputs = flat_ports(plan.outputs, false, head.output_chunks);
+    const auto inputs = flat_ports(plan.inputs, true, head.input_chunks),
+               outputs = flat_ports(plan.outputs, false, head.output_chunks);
     head.phases = append(out, phases), head.n_phases = static_cast<int32_t>(phases.size());
     head.groups = append(out, groups);
     head.instructions = append(out, instructions);

@@ -34,7 +34,7 @@ struct FlatPort {
 
 struct FlatReduction {
     Operand source;
-    int64_t target;  // meta arena, bytes
+    int64_t target;         // meta arena, bytes
     int32_t count, offset;  // floats; of a task's row of sums
     int32_t first_chunk;
     int32_t copied;  // 0: the source is that place itself
@@ -62,10 +62,10 @@ struct Launch {
     const int64_t *support_rows, *query_rows, *ways;  // ways may be null
     const double* task_weights;                       // or null: uniform_weight
     double uniform_weight;
-    char *meta, *arenas;  // arenas: arena_bytes for each block
-    float* sums;          // [tasks, sums_floats]
-    int* counters;        // kCounters; zero, and left as zeros
-    uint8_t* finite;      // [tasks]
+    char *meta, *arenas;           // arenas: arena_bytes for each block
+    float* sums;                   // [tasks, sums_floats]
+    int* counters;                 // kCounters; zero, and left as zeros
+    uint8_t* finite;               // [tasks]
     void* pointers[kMaxPointers];  // task buffers, inputs, outputs
 };
 static_assert(sizeof(Launch) <= 4096, "kernel parameters");
@@ -90,8 +90,8 @@ inline int64_t fixed_shared_bytes(int threads) {  // and room to align the arena
     return static_cast<int64_t>(sizeof(Fixed) + threads / 32 * kMaxOperands * sizeof(Place) + 64);
 }
 
-// Throws std::runtime_error naming the limit. scratch_at: where scratch begins in the run's memory; threads 0: chosen by
-// the Plan. Of the run's memory as much lies in shared memory as fits: all, its scratch, its state, nothing.
+// Throws std::runtime_error naming the limit. scratch_at: where scratch begins in the run's memory; threads 0: chosen
+// by the Plan. Of the run's memory as much lies in shared memory as fits: all, its scratch, its state, nothing.
 std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_limit, int threads);
 
 }  // namespace cuda

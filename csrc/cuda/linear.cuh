@@ -1,6 +1,6 @@
 // linear in all modes, on packed weights (plan.h): [in][outputs of a panel], so that neighbouring threads read
-// neighbouring outputs. A thread makes one output of up to kTile rows, which share what it reads of the weight. Heads of
-// few outputs lie the other way round, [out][in]: there the lanes of a warp share the sum over the inputs.
+// neighbouring outputs. A thread makes one output of up to kTile rows, which share what it reads of the weight. Heads
+// of few outputs lie the other way round, [out][in]: there the lanes of a warp share the sum over the inputs.
 #pragma once
 #include "call.cuh"
 
@@ -36,7 +36,7 @@ FM_DEVICE void add_dots(const Factor& p, int row, const Column& column, int in, 
     for (int k0 = 0; k0 < in; k0 += kChain) {
         const int stop = in - k0 < kChain ? in : k0 + kChain;
         float chain[R] = {};
-FM_UNROLL
+        FM_UNROLL
         for (int k = k0; k < stop; ++k) {
             const float v = w[k * column.step];
             for (int i = 0; i < R; ++i) chain[i] = fmaf(x[i][k], v, chain[i]);
@@ -46,7 +46,8 @@ FM_UNROLL
 }
 
 template <int R>
-FM_DEVICE void forward_tile(const Call& c, const Factor& p, const Factor& q, const float* bias, int y, const Gate& act, int row, int o) {
+FM_DEVICE void forward_tile(const Call& c, const Factor& p, const Factor& q, const float* bias, int y, const Gate& act,
+                            int row, int o) {
     const int in = c.size(0), out = c.size(1);
     const Column column(o, in, out);
     float acc[R];
@@ -187,7 +188,8 @@ FM_DEVICE Epilogue epilogue(const Call& c, int number, int base) {
 }
 
 template <int K>
-FM_DEVICE void outer_tile(const Call& c, const Outer& p, const Outer& q, float* dw, const Epilogue& e, int k, int o, int at, int step) {
+FM_DEVICE void outer_tile(const Call& c, const Outer& p, const Outer& q, float* dw, const Epilogue& e, int k, int o,
+                          int at, int step) {
     float acc[K] = {};
     if (p.x) add_outer<K>(p, c.n, k, o, acc);
     if (q.x) add_outer<K>(q, c.n, k, o, acc);
@@ -208,15 +210,15 @@ FM_DEVICE void backward_weight(const Call& c, const Outer& p, const Outer& q, fl
     each(c, tiles * padded(out), [&](int i) {
         const int k = i / padded(out) * kTile, o = i % padded(out);
         const Column column(o, in, out);
-        if (k + kTile <= in) return outer_tile<kTile>(c, p, q, dw, e, k, o, column.offset + k * column.step, column.step);
+        if (k + kTile <= in)
+            return outer_tile<kTile>(c, p, q, dw, e, k, o, column.offset + k * column.step, column.step);
         for (int j = k; j < in; ++j) outer_tile<1>(c, p, q, dw, e, j, o, column.offset + j * column.step, column.step);
     });
 }
 
 FM_DEVICE void backward_bias(const Call& c, int d, float* db, const Epilogue& e) {
-    each(c, padded(c.size(1)), [&](int o) {
-        db[o] = e(sum_terms(c.n, [&](int r, float sum) { return sum + c.row(d, r)[o]; }), o);
-    });
+    each(c, padded(c.size(1)),
+         [&](int o) { db[o] = e(sum_terms(c.n, [&](int r, float sum) { return sum + c.row(d, r)[o]; }), o); });
 }
 
 FM_DEVICE void linear_bwd_weight(const Call& c) {

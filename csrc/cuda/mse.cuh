@@ -41,7 +41,8 @@ FM_DEVICE void mse_jvp(const Call& c) {  // z, target, (weight), zt, losst
 
 FM_DEVICE void mse_bwd_jvp(const Call& c) {  // z, target, (weight), zt, dzt
     const float scale = static_cast<float>(2.0 * mse_scale(c));
-    each_element(c, padded(c.size(0)), [&](int r, int j) { c.row(4, r)[j] = j < c.size(0) ? c.row(3, r)[j] * scale : 0.f; });
+    each_element(c, padded(c.size(0)),
+                 [&](int r, int j) { c.row(4, r)[j] = j < c.size(0) ? c.row(3, r)[j] * scale : 0.f; });
 }
 
 }  // namespace cuda

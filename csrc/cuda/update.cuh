@@ -20,7 +20,8 @@ FM_DEVICE void sgd_bwd(const Call& c) {
 FM_DEVICE void sgd_bwd_rate(const Call& c) {
     const float *bar = c.f(0), *g = c.f(1), *acc = c.f(2);
     float* out = c.f(3);
-    const int n = padded(c.size(0)) * (c.size(2) ? static_cast<int>(c.task->n_support) : 1);  // padded rows lie together
+    const int n =
+        padded(c.size(0)) * (c.size(2) ? static_cast<int>(c.task->n_support) : 1);  // padded rows lie together
     if (c.size(1)) return each(c, n, [&](int i) { out[i] = acc ? acc[i] - bar[i] * g[i] : -(bar[i] * g[i]); });
     const double before = acc ? *acc : 0.0;
     const double sum = sum_all(c, n, [&](int i) { return static_cast<double>(bar[i]) * g[i]; });
@@ -57,7 +58,8 @@ FM_DEVICE void copy_fwd(const Call& c) {
 // ---------------------------------------------------------------------------------------------------- rows
 FM_DEVICE void copy_rows_fwd(const Call& c) {
     const int width = c.size(0);
-    each_element(c, c.size(2) ? width : padded(width), [&](int r, int j) { c.row(1, r)[j] = j < width ? c.row(0, r)[j] : 0.f; });
+    each_element(c, c.size(2) ? width : padded(width),
+                 [&](int r, int j) { c.row(1, r)[j] = j < width ? c.row(0, r)[j] : 0.f; });
 }
 
 FM_DEVICE void add_rows_fwd(const Call& c) {
@@ -71,7 +73,8 @@ FM_DEVICE void axpy_rows_fwd(const Call& c) {
 
 FM_DEVICE void sgd_rows_fwd(const Call& c) {
     const float rate = *c.f(2);
-    each_element(c, padded(c.size(0)), [&](int r, int j) { c.row(3, r)[j] = fmaf(-rate, c.row(1, r)[j], c.row(0, r)[j]); });
+    each_element(c, padded(c.size(0)),
+                 [&](int r, int j) { c.row(3, r)[j] = fmaf(-rate, c.row(1, r)[j], c.row(0, r)[j]); });
 }
 
 FM_DEVICE void sgd_rows_bwd(const Call& c) {
@@ -88,7 +91,8 @@ FM_DEVICE void move_rows(const Call& c, int from, int64_t from0, int to, int64_t
     const int width = c.size(0), columns = padded(width);
     each(c, static_cast<int>(n) * columns, [&](int i) {
         const int r = i / columns, j = i % columns;
-        c.row(to, static_cast<int>(to0) + r)[j] = from >= 0 && j < width ? c.row(from, static_cast<int>(from0) + r)[j] : 0.f;
+        c.row(to, static_cast<int>(to0) + r)[j] =
+            from >= 0 && j < width ? c.row(from, static_cast<int>(from0) + r)[j] : 0.f;
     });
 }
 

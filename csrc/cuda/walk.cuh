@@ -69,7 +69,8 @@ FM_DEVICE void dispatch(const Call& c) {
     }
 }
 
-FM_DEVICE Call prepare(const Block& b, const Instruction* in, const Place* places, const Task* task, double* partials, int n) {
+FM_DEVICE Call prepare(const Block& b, const Instruction* in, const Place* places, const Task* task, double* partials,
+                       int n) {
     const int warps = b.threads / kWarp, warp = b.thread / kWarp;
     const int begin = n * warp / warps, end = n * (warp + 1) / warps;
     if (is_row_kernel(in->kernel) && n >= warps)
@@ -206,34 +207,39 @@ struct Walk {
         int i = 0;
         while (i + 1 < n && ports[i + 1].first_chunk <= chunk) ++i;
         const FlatPort& port = ports[i];
-        const int slot = (chunk - port.first_chunk) / port.chunks_of_slot, part = (chunk - port.first_chunk) % port.chunks_of_slot;
+        const int slot = (chunk - port.first_chunk) / port.chunks_of_slot,
+                  part = (chunk - port.first_chunk) % port.chunks_of_slot;
         float* packed = reinterpret_cast<float*>(l.meta + port.port.offset + slot * port.port.step_stride);
         f(i, port.port, packed, slot * port.port.rows * port.port.cols, part * kChunk);
     }
 
     FM_DEVICE void pack(int chunk) const {
-        at_chunk(table<FlatPort>(p.inputs), p.n_inputs, chunk, [&](int i, const Port& port, float* to, int64_t skip, int first) {
-            const float* from = static_cast<const float*>(l.pointers[p.n_task_buffers + i]) + skip;
-            const int rows = static_cast<int>(port.rows), cols = static_cast<int>(port.cols), plain = rows * cols;
-            const bool packed = port.layout == Layout::kPacked;
-            const int floats = packed ? static_cast<int>(packed_floats(cols, rows)) : padded(plain);
-            for (int k = first + b.thread; k < floats && k < first + kChunk; k += b.threads) {
-                const int source = packed ? plain_index(k, cols, rows) : k < plain ? k : -1;
-                to[k] = source < 0 ? 0.f : from[source];
-            }
-        });
+        at_chunk(table<FlatPort>(p.inputs), p.n_inputs, chunk,
+                 [&](int i, const Port& port, float* to, int64_t skip, int first) {
+                     const float* from = static_cast<const float*>(l.pointers[p.n_task_buffers + i]) + skip;
+                     const int rows = static_cast<int>(port.rows), cols = static_cast<int>(port.cols),
+                               plain = rows * cols;
+                     const bool packed = port.layout == Layout::kPacked;
+                     const int floats = packed ? static_cast<int>(packed_floats(cols, rows)) : padded(plain);
+                     for (int k = first + b.thread; k < floats && k < first + kChunk; k += b.threads) {
+                         const int source = packed ? plain_index(k, cols, rows) : k < plain ? k : -1;
+                         to[k] = source < 0 ? 0.f : from[source];
+                     }
+                 });
     }
 
     FM_DEVICE void deliver(int chunk) const {
-        at_chunk(table<FlatPort>(p.outputs), p.n_outputs, chunk, [&](int i, const Port& port, float* from, int64_t skip, int first) {
-            float* to = static_cast<float*>(l.pointers[p.n_task_buffers + p.n_inputs + i]);
-            if (to == nullptr) return;
-            const int rows = static_cast<int>(port.rows), cols = static_cast<int>(port.cols), plain = rows * cols;
-            for (int k = first + b.thread; k < plain && k < first + kChunk; k += b.threads) {
-                const float v = from[port.layout == Layout::kPacked ? packed_index(k, cols, rows) : k];
-                to[skip + k] = l.add_to_outputs ? to[skip + k] + v : v;
-            }
-        });
+        at_chunk(table<FlatPort>(p.outputs), p.n_outputs, chunk,
+                 [&](int i, const Port& port, float* from, int64_t skip, int first) {
+                     float* to = static_cast<float*>(l.pointers[p.n_task_buffers + p.n_inputs + i]);
+                     if (to == nullptr) return;
+                     const int rows = static_cast<int>(port.rows), cols = static_cast<int>(port.cols),
+                               plain = rows * cols;
+                     for (int k = first + b.thread; k < plain && k < first + kChunk; k += b.threads) {
+                         const float v = from[port.layout == Layout::kPacked ? packed_index(k, cols, rows) : k];
+                         to[skip + k] = l.add_to_outputs ? to[skip + k] + v : v;
+                     }
+                 });
     }
 
     FM_DEVICE bool losses_finite(int t) const {  // of one thread
@@ -276,7 +282,7 @@ struct Walk {
         const int first = (chunk - r->first_chunk) * kChunk;
         for (int k = first + b.thread; k < r->count && k < first + kChunk; k += b.threads) {
             double total = 0;
-FM_UNROLL
+            FM_UNROLL
             for (int64_t t = 0; t < l.tasks; ++t) {
                 const double weight = l.task_weights ? l.task_weights[t] : l.uniform_weight;
                 const float v = l.sums[t * p.sums_floats + r->offset + k];
@@ -303,7 +309,8 @@ FM_UNROLL
             if (!l.strict || all_finite()) stage(kDeliver, p.output_chunks, [&](int i) { deliver(i); });
         }
         b.sync();
-        if (b.thread == 0 && take(l.counters + 2 * kStages) == l.blocks - 1)  // the last block: ready for the next launch
+        if (b.thread == 0 &&
+            take(l.counters + 2 * kStages) == l.blocks - 1)  // the last block: ready for the next launch
             for (int i = 0; i < kCounters; ++i) l.counters[i] = 0;
     }
 };

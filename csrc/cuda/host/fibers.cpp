@@ -112,8 +112,8 @@ bool Grid::advance_warp(int block, int warp) {
         if (waiting == 0) return moved;
         if (waiting != kWarp)
             throw std::runtime_error("block " + std::to_string(block) + ", warp " + std::to_string(warp) + ": " +
-                                     std::to_string(waiting) + " threads of 32 wait for the others, which are in state " +
-                                     std::to_string(last));
+                                     std::to_string(waiting) +
+                                     " threads of 32 wait for the others, which are in state " + std::to_string(last));
         for (int lane = 0; lane < kWarp; ++lane) at(block, warp * kWarp + lane).state = kRunning;
     }
 }
@@ -147,7 +147,8 @@ void Grid::run(std::function<void(int, const Block&)> body) {
         for (int block : ordered(blocks_)) moved |= advance_block(block);
         for (const Fiber& fiber : fibers_) done += fiber.state == kDone;
         if (done == static_cast<int>(fibers_.size())) return;
-        if (!moved) throw std::runtime_error("no thread can go on: some wait at a barrier for threads that wait elsewhere");
+        if (!moved)
+            throw std::runtime_error("no thread can go on: some wait at a barrier for threads that wait elsewhere");
     }
 }
 

@@ -63,8 +63,8 @@ private:
     bool deaf_;
     uint64_t seed_;
     std::vector<Fiber> fibers_;
-    std::vector<char> slots_;   // of gather: 8 bytes for each thread
-    std::vector<int> votes_;    // of any: two for each block, in turns
+    std::vector<char> slots_;  // of gather: 8 bytes for each thread
+    std::vector<int> votes_;   // of any: two for each block, in turns
     std::unique_ptr<Memory> memory_;
     std::function<void(int, const Block&)> body_;
     jmp_buf back_;

@@ -29,9 +29,7 @@ private:
 
 inline int32_t read_base(Reader& in) {  // home (0 meta, 1 task, 2 run), task buffer
     const int64_t home = in.next(), task_buffer = in.next();
-    return home == 0   ? kMetaBase
-           : home == 1 ? kFirstTaskBase + static_cast<int32_t>(task_buffer)
-                       : kArenaBase;
+    return home == 0 ? kMetaBase : home == 1 ? kFirstTaskBase + static_cast<int32_t>(task_buffer) : kArenaBase;
 }
 
 inline Operand read_operand(Reader& in) {
@@ -54,8 +52,7 @@ inline Operand read_operand(Reader& in) {
 inline Instruction read_instruction(Reader& in, Plan& plan) {
     Instruction i;
     i.kernel = in.next();
-    if (i.kernel < 0 || i.kernel >= kKernelCount)
-        throw std::runtime_error("fastmaml: unknown kernel id");
+    if (i.kernel < 0 || i.kernel >= kKernelCount) throw std::runtime_error("fastmaml: unknown kernel id");
     i.stages = stages_of(i.kernel);
     if (i.stages > 1) plan.shared_bytes = kSharedBytes;
     i.sums = in.next() != 0;
