@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from fastmaml import __main__ as command
 from fastmaml import machine
 from fastmaml.executors import BACKENDS, NOT_YET
 from fastmaml.executors import cpu as cpu_executor
+from fastmaml.executors import cuda as cuda_executor
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +48,20 @@ def test_without_the_native_half(capsys, monkeypatch) -> None:
     rows = report(capsys)
     assert "was not (no such file)" in rows["built"] and rows["cpu"].startswith("no:")
     assert "GFLOP/s" not in rows["peak"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"), [((0, "no driver"), "no: CUDA finds no device: no driver"), ((1, ""), "yes: one launch"), (None, "no: fastmaml._cuda could not be imported (no such file)")]
+)
+def test_cuda(devices: tuple | None, said: str, capsys, monkeypatch) -> None:
+    card = {"name": "a card", "capability": (9, 0), "shared_bytes": 1 << 17, "multiprocessors": 1}
+    module = devices and SimpleNamespace(devices=lambda: devices, device=lambda index: card)
+    monkeypatch.setattr(cuda_executor, "_cuda", module)
+    monkeypatch.setattr(cuda_executor, "IMPORT_ERROR", "no such file")
+    assert command.main([]) == 0
+    shown = capsys.readouterr().out
+    assert f"cuda       {said}" in shown
+    assert ("a card (sm_90, 128 KB shared)" in shown) == (devices == (1, ""))
 
 
 def test_variables_that_are_set(capsys, monkeypatch) -> None:

@@ -39,8 +39,7 @@ struct Split {  // of the run's memory: which of its two parts lie in shared mem
     int64_t scratch_at;
     void move(int32_t& base, int64_t& offset, int32_t shared) const {
         if (base != kArenaBase) return;
-        const bool second =
-            offset >= scratch_at;  // slot 0 of a state that begins elsewhere would lie before its memory
+        const bool second = offset >= scratch_at;  // a state whose slot 0 lies elsewhere may begin before its memory
         if (second && state != scratch) offset -= scratch_at;  // it has its kind of memory to itself
         if (second ? scratch : state) base = shared;
     }

@@ -54,7 +54,7 @@ private:
     void resume(Fiber& fiber);
     void shuffle(std::vector<int>& numbers);
     std::vector<int> ordered(int n);
-    bool advance_warp(int block, int warp);
+    void advance_warp(int block, int warp);
     bool advance_block(int block);
     Fiber& at(int block, int thread) { return fibers_[block * threads_ + thread]; }
 
