@@ -26,7 +26,7 @@ import test_update
 
 _cuda_host = pytest.importorskip("fastmaml._cuda_host", reason="fastmaml._cuda_host is built in a source tree: python setup.py build_ext --inplace")
 
-STRIDE = 5
+STRIDE = 9
 MODULES = (test_activations, test_batchnorm, test_cross_entropy, test_expression, test_factored_linear, test_layernorm, test_linear, test_mse, test_relu, test_update)
 ORDERS = ("forward", "reversed", "shuffled1", "shuffled2")
 BLOCKS_ONLY = ("test_stats_of_far_rows_in_blocks", "test_teams")  # they ask what blocks of rows and teams of the CPU do

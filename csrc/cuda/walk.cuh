@@ -130,7 +130,8 @@ struct Walk {
             const int64_t at = buffer.rows == Rows::kSupport ? l.support_rows[t < 0 ? 0 : t]
                                : buffer.rows == Rows::kQuery ? l.query_rows[t < 0 ? 0 : t]
                                                              : t;
-            s->bases[kFirstTaskBase + i] = static_cast<char*>(l.pointers[i]) + at * buffer.stride;
+            char* const from = static_cast<char*>(l.pointers[i]);  // null: this half does not use it
+            s->bases[kFirstTaskBase + i] = from ? from + at * buffer.stride : nullptr;
         }
         b.sync();
     }
@@ -175,7 +176,7 @@ struct Walk {
     // ------------------------------------------------------------------------------------------------ stages
     // f(piece) for each of `count` pieces, by whichever block; behind it all of them are done.
     template <class F>
-    FM_DEVICE void stage(Stage which, int count, F f) const {
+    FM_NOINLINE void stage(Stage which, int count, F f) const {
         if (count == 0) return;
         int *taken = l.counters + 2 * which, *done = taken + 1;
         for (;;) {
