@@ -101,6 +101,8 @@ FM_DEVICE void join_rows_fwd(const Call& c) {
     move_rows(c, 1, 0, 2, c.task->n_support, c.task->n_query);
 }
 
+FM_DEVICE void support_rows_fwd(const Call& c) { move_rows(c, 0, 0, 1, 0, c.task->n_support); }
+
 FM_DEVICE void query_rows_fwd(const Call& c) { move_rows(c, 0, c.task->n_support, 1, 0, c.task->n_query); }
 
 FM_DEVICE void query_rows_bwd(const Call& c) {

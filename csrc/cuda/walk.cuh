@@ -37,7 +37,7 @@ namespace cuda {
     K(batchnorm_stats_fwd) K(batchnorm_running_fwd) K(batchnorm_stats_jvp) K(batchnorm_bwd_stats) K(batchnorm_bwd_stats_jvp) \
     K(layernorm_bwd_weight) K(layernorm_bwd_weight_jvp) K(cross_entropy_fwd) K(cross_entropy_jvp) K(mse_fwd) K(mse_jvp) \
     K(sgd_fwd) K(sgd_bwd) K(sgd_bwd_rate) K(axpy_fwd) K(scale_fwd) K(add_fwd) K(zero_fwd) K(copy_fwd) \
-    K(join_rows_fwd) K(query_rows_fwd) K(query_rows_bwd) K(add_expr_fwd) K(mul_expr_fwd) K(mul_expr_jvp) K(sum_expr) \
+    K(join_rows_fwd) K(support_rows_fwd) K(query_rows_fwd) K(query_rows_bwd) K(add_expr_fwd) K(mul_expr_fwd) K(mul_expr_jvp) K(sum_expr) \
     K(matmul_fwd) K(transpose_fwd) K(slice_fwd) K(slice_bwd) K(pack_fwd) K(unpack_fwd)
 // clang-format on
 
