@@ -212,6 +212,11 @@ def instruction_cases() -> Iterator[tuple[str, Case, Plan]]:
         case = option_case(kind, False, "constant", option)
         yield option, case, case.plan()
     yield "matrices", *matrices()
+    b = ProgramBuilder((5,))
+    v = b.op("batchnorm", b.op("linear", 0, b.leaf("body", (4, 5), "outer")), eps=1e-3, statistics="joint")
+    program = b.build(b.op("linear", v, b.leaf("head", (3, 4), "adapted")))
+    case = numbers_for(program, Arrangement(steps=1, rates={"head": Rate("lr")}), 0, [(3, 2), (5, 4)])
+    yield "joint", case, case.plan()
 
 
 def matrices() -> tuple[Case, Plan]:
