@@ -14,11 +14,11 @@ from fastmaml.plan.costs import costs
 
 METHODS: dict[str, Callable[[nn.Module], MAML]] = {
     "MAML": lambda net: MAML(net, inner_steps=5),
-    "`SGD(momentum=0.9)`": lambda net: MAML(net, inner_steps=5, inner_optimizer=SGD(momentum=0.9)),
-    "`SGD(momentum=0.9, nesterov=True)`": lambda net: MAML(net, inner_steps=5, inner_optimizer=SGD(momentum=0.9, nesterov=True)),
-    "`SGD(weight_decay=0.1)`": lambda net: MAML(net, inner_steps=5, inner_optimizer=SGD(weight_decay=0.1)),
-    "`SGD(clip_value=1.0)`": lambda net: MAML(net, inner_steps=5, inner_optimizer=SGD(clip_value=1.0)),
-    "`SGD(max_norm=10.0)`": lambda net: MAML(net, inner_steps=5, inner_optimizer=SGD(max_norm=10.0)),
+    "`inner_optimizer=SGD(momentum=0.9)`": lambda net: MAML(net, inner_steps=5, inner_optimizer=SGD(momentum=0.9)),
+    "`inner_optimizer=SGD(momentum=0.9, nesterov=True)`": lambda net: MAML(net, inner_steps=5, inner_optimizer=SGD(momentum=0.9, nesterov=True)),
+    "`inner_optimizer=SGD(weight_decay=0.1)`": lambda net: MAML(net, inner_steps=5, inner_optimizer=SGD(weight_decay=0.1)),
+    "`inner_optimizer=SGD(clip_value=1.0)`": lambda net: MAML(net, inner_steps=5, inner_optimizer=SGD(clip_value=1.0)),
+    "`inner_optimizer=SGD(max_norm=10.0)`": lambda net: MAML(net, inner_steps=5, inner_optimizer=SGD(max_norm=10.0)),
     "`FirstOrderMAML`": lambda net: methods.FirstOrderMAML(net, inner_steps=5),
     "`Reptile`": lambda net: methods.Reptile(net, inner_steps=5),
     "`MetaSGD`": lambda net: methods.MetaSGD(net, inner_lr=0.05, inner_steps=5),
