@@ -2,6 +2,10 @@
 
     axpy            y = a + sign s b      sgd_fwd: theta - rate g;  sgd_bwd: -rate theta_bar;  axpy, scale, add, copy, zero; s one number, or one for each
     sgd_bwd_rate    y = acc - theta_bar g, number by number, or acc - sum theta_bar g
+    dot             y = acc + sum a b
+    clip_value      fwd: g between -bound and bound;  bwd: dc where |g| <= bound, else 0
+    scalars         ratio_fwd: x / y, 0 where y is;  clip_norm_fwd: norm = sqrt(x), scale = min(1, max_norm / (norm + 1e-6)), slope = -scale / ((norm + 1e-6) norm)
+                    where that clips, else 0
 """
 
 import triton
@@ -47,20 +51,56 @@ def sgd_bwd_rate_each(theta_bar, g, acc, y, n, task, acc_task, BLOCK: tl.constex
 
 
 @triton.jit
-def sgd_bwd_rate(offsets, theta_bar, g, acc, y, per, task, BLOCK: tl.constexpr):
-    """``offsets``: of arrays with rows; None where each task has ``per`` numbers. Grid: tasks."""
+def dot(offsets, a, b, acc, y, sign, per, a_task, b_task, acc_task, y_task, BLOCK: tl.constexpr):
+    """y = acc + sign sum a b. ``offsets``: of arrays with rows; None where each task has ``per`` numbers. Grid: tasks."""
     t = tl.program_id(0)
     n = per
-    start = t.to(tl.int64) * task
+    a += t.to(tl.int64) * a_task
+    b += t.to(tl.int64) * b_task
     if offsets is not None:
         first, rows = rows_of(offsets, t)
         n = rows * per
-        start = first * per
+        a += first * per
+        b += first * per
     total = tl.zeros((BLOCK,), tl.float32)
     for i0 in range(0, n, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        total += tl.load(theta_bar + start + i, i < n, 0.0) * tl.load(g + start + i, i < n, 0.0)
-    v = -tl.sum(total, 0)
+        total += tl.load(a + i, i < n, 0.0) * tl.load(b + i, i < n, 0.0)
+    v = sign * tl.sum(total, 0)
     if acc is not None:
-        v += tl.load(acc + t)
-    tl.store(y + t, v)
+        v += tl.load(acc + t * acc_task)
+    tl.store(y + t * y_task, v)
+
+
+@triton.jit
+def clip_value(g, dc, y, bound, n, g_task, dc_task, y_task, BLOCK: tl.constexpr):
+    """bwd where there is dc. Grid: blocks, tasks."""
+    t = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(g + t * g_task + i, i < n, 0.0)
+    if dc is None:
+        v = tl.where(v > bound, bound, tl.where(v < -bound, -bound, v))  # a NaN stays one
+    else:
+        v = tl.where((v <= bound) & (v >= -bound), tl.load(dc + t * dc_task + i, i < n, 0.0), 0.0)
+    tl.store(y + t * y_task + i, v, i < n)
+
+
+@triton.jit
+def ratio(x, y, out, x_task, y_task, out_task):
+    """Grid: tasks."""
+    t = tl.program_id(0).to(tl.int64)
+    below = tl.load(y + t * y_task)
+    none = below == 0.0
+    tl.store(out + t * out_task, tl.where(none, 0.0, tl.load(x + t * x_task) / tl.where(none, 1.0, below)))
+
+
+@triton.jit
+def clip_norm(square, scale, slope, max_norm, square_task, scale_task, slope_task):
+    """slope may be absent. Grid: tasks."""
+    t = tl.program_id(0).to(tl.int64)
+    norm = tl.sqrt(tl.load(square + t * square_task))
+    factor = max_norm / (norm + 1e-6)
+    tl.store(scale + t * scale_task, tl.minimum(factor, 1.0, tl.PropagateNan.ALL))
+    if slope is not None:
+        clips = (factor <= 1.0) & (norm > 0.0)
+        tl.store(slope + t * slope_task, tl.where(clips, -factor / ((norm + 1e-6) * tl.where(clips, norm, 1.0)), 0.0))

@@ -25,6 +25,7 @@ from fastmaml.executors.torch import Task, TorchExecutor
 from fastmaml.executors.triton import INTERPRETED, TritonExecutor, Workspace
 from fastmaml.executors.triton_kernels import RULES
 from fastmaml.executors.triton_storage import Bucket
+from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.plan import Arrangement, Plan, Rate
 from fastmaml.plan.instructions import Instruction
 from fastmaml.program import ProgramBuilder
@@ -203,6 +204,13 @@ class Lockstep(TorchExecutor):
 CHOSEN = {True: (4, 10, 16, 20, 36, 38), False: (11, 17, 19, 21, 25)}  # seeds that reach much in little time: images, rows
 
 
+INNER = (  # what is not a plain step
+    {"optimizer": SGD(momentum=0.5, dampening=0.3, max_norm=0.1)},
+    {"optimizer": SGD(weight_decay=0.1, clip_value=0.01)},
+    {"meta_gradient": ImplicitGradient(cg_steps=2)},
+)
+
+
 def instruction_cases() -> Iterator[tuple[str, Case, Plan]]:
     for conv, seeds in CHOSEN.items():
         for seed in seeds:
@@ -211,6 +219,9 @@ def instruction_cases() -> Iterator[tuple[str, Case, Plan]]:
     for kind, option in (("linear", "factored-learned"), ("conv", "plain")):
         case = option_case(kind, False, "constant", option)
         yield option, case, case.plan()
+    for changes in INNER:
+        case = small("linear", "plain", 2, **changes)
+        yield str(changes), case, case.plan()
     yield "matrices", *matrices()
     b = ProgramBuilder((5,))
     v = b.op("batchnorm", b.op("linear", 0, b.leaf("body", (4, 5), "outer")), eps=1e-3, statistics="joint")
@@ -288,6 +299,11 @@ def small(kind: str, option: str, steps: int = 2, tasks: tuple[int, ...] = (0, 2
 @pytest.mark.parametrize(("kind", "option"), QUICK)
 def test_options(kind: str, option: str) -> None:
     judge_plan(small(kind, option))
+
+
+@pytest.mark.parametrize("changes", INNER, ids=["norm", "value", "implicit"])
+def test_inner_optimizers(changes: dict) -> None:
+    judge_plan(small("linear", "plain", 2, **changes))
 
 
 @pytest.mark.slow

@@ -28,6 +28,35 @@ FM_DEVICE void sgd_bwd_rate(const Call& c) {
     if (c.b.thread == 0) store_scalar(out, before - sum);
 }
 
+FM_DEVICE void dot_fwd(const Call& c) {
+    const float *x = c.f(0), *y = c.f(1), *acc = c.f(2);
+    const double sum = sum_all(c, padded(c.size(0)), [&](int i) { return static_cast<double>(x[i]) * y[i]; });
+    if (c.b.thread == 0) store_scalar(c.f(3), (acc ? *acc : 0.0) + sum);
+}
+
+FM_DEVICE void ratio_fwd(const Call& c) {
+    if (c.b.thread == 0) store_scalar(c.f(2), *c.f(1) == 0.f ? 0.f : *c.f(0) / *c.f(1));
+}
+
+FM_DEVICE void clip_norm_fwd(const Call& c) {
+    if (c.b.thread) return;
+    const double most = c.number(0), norm = sqrt(static_cast<double>(*c.f(0))), scale = most / (norm + 1e-6);
+    store_scalar(c.f(1), scale > 1.0 ? 1.0 : scale);
+    if (c.f(2)) store_scalar(c.f(2), scale > 1.0 || norm == 0.0 ? 0.0 : -scale / ((norm + 1e-6) * norm));
+}
+
+FM_DEVICE void clip_value_fwd(const Call& c) {
+    const float *g = c.f(0), high = c.number(0);
+    each(c, padded(c.size(0)), [&](int i) {
+        c.f(1)[i] = g[i] > high ? high : g[i] < -high ? -high : g[i];  // a NaN stays one
+    });
+}
+
+FM_DEVICE void clip_value_bwd(const Call& c) {
+    const float *g = c.f(0), *dc = c.f(1), high = c.number(0);
+    each(c, padded(c.size(0)), [&](int i) { c.f(2)[i] = g[i] <= high && g[i] >= -high ? dc[i] : 0.f; });
+}
+
 FM_DEVICE float signed_scale(const Call& c, int scale) { return c.number(0) * c.scalar(scale, 1.f); }
 
 FM_DEVICE void axpy_fwd(const Call& c) {
@@ -69,6 +98,11 @@ FM_DEVICE void add_rows_fwd(const Call& c) {
 FM_DEVICE void axpy_rows_fwd(const Call& c) {
     const float s = signed_scale(c, 2);
     each_element(c, padded(c.size(0)), [&](int r, int j) { c.row(3, r)[j] = fmaf(s, c.row(1, r)[j], c.row(0, r)[j]); });
+}
+
+FM_DEVICE void scale_rows_fwd(const Call& c) {
+    const float s = signed_scale(c, 1);
+    each_element(c, padded(c.size(0)), [&](int r, int j) { c.row(2, r)[j] = s * c.row(0, r)[j]; });
 }
 
 FM_DEVICE void sgd_rows_fwd(const Call& c) {

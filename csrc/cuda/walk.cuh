@@ -31,12 +31,13 @@ namespace cuda {
     FASTMAML_CUDA_SMOOTH(K, tanh) FASTMAML_CUDA_SMOOTH(K, sigmoid) FASTMAML_CUDA_SMOOTH(K, exp) FASTMAML_CUDA_SMOOTH(K, elu) \
     FASTMAML_CUDA_SMOOTH(K, gelu) FASTMAML_CUDA_SMOOTH(K, silu) FASTMAML_CUDA_SMOOTH(K, softplus) \
     K(cross_entropy_bwd) K(cross_entropy_bwd_jvp) K(mse_bwd) K(mse_bwd_jvp) \
-    K(copy_rows_fwd) K(add_rows_fwd) K(axpy_rows_fwd) K(sgd_rows_fwd) K(sgd_rows_bwd) K(zero_rows_fwd)
+    K(copy_rows_fwd) K(add_rows_fwd) K(axpy_rows_fwd) K(scale_rows_fwd) K(sgd_rows_fwd) K(sgd_rows_bwd) K(zero_rows_fwd)
 #define FASTMAML_CUDA_BLOCKS(K) \
     K(linear_bwd_weight) K(linear_bwd_weight_jvp) K(row_sum_bwd) K(gram_fwd) K(factored_linear_fwd) K(factored_linear_bwd) \
     K(batchnorm_stats_fwd) K(batchnorm_running_fwd) K(batchnorm_stats_jvp) K(batchnorm_bwd_stats) K(batchnorm_bwd_stats_jvp) \
     K(layernorm_bwd_weight) K(layernorm_bwd_weight_jvp) K(cross_entropy_fwd) K(cross_entropy_jvp) K(mse_fwd) K(mse_jvp) \
-    K(sgd_fwd) K(sgd_bwd) K(sgd_bwd_rate) K(axpy_fwd) K(scale_fwd) K(add_fwd) K(zero_fwd) K(copy_fwd) \
+    K(sgd_fwd) K(sgd_bwd) K(sgd_bwd_rate) K(dot_fwd) K(ratio_fwd) K(clip_norm_fwd) K(clip_value_fwd) K(clip_value_bwd) \
+    K(axpy_fwd) K(scale_fwd) K(add_fwd) K(zero_fwd) K(copy_fwd) \
     K(join_rows_fwd) K(support_rows_fwd) K(query_rows_fwd) K(query_rows_bwd) K(add_expr_fwd) K(mul_expr_fwd) K(mul_expr_jvp) K(sum_expr) \
     K(matmul_fwd) K(transpose_fwd) K(slice_fwd) K(slice_bwd) K(pack_fwd) K(unpack_fwd)
 // clang-format on

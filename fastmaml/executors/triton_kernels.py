@@ -141,6 +141,12 @@ class Site:
         args |= dict(a_task=step(a), s_task=step(s), b_task=step(b), y_task=y.task)
         self.launch(update.axpy, (blocks(n, BLOCK), copies), **args, EACH=s is not None and s.numel > 1, BLOCK=BLOCK)
 
+    def dot(self, y: View, acc: View | None, a: View, b: View, sign: float) -> None:
+        """y = acc + sign <a, b> of each task."""
+        table = self.storage.offsets[a.rows] if a.rows else None
+        args = dict(offsets=table, a=a.data, b=b.data, acc=data(acc), y=y.data, sign=sign, per=a.numel)
+        self.launch(update.dot, (self.tasks,), **args, a_task=a.task, b_task=b.task, acc_task=step(acc), y_task=y.task, BLOCK=BLOCK)
+
     def reshape(self, x: View, y: View, xc: int, yc: int) -> None:
         """Rows of x, of xc channels behind the pixels, as rows of y."""
         count, n, _ = self.span(y)
@@ -984,12 +990,36 @@ def sgd_bwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
 @rule("sgd_bwd_rate")
 def sgd_bwd_rate(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     (theta_bar, g, acc), (y,) = inputs, outputs
-    args = dict(theta_bar=theta_bar.data, g=g.data, acc=data(acc), y=y.data, task=theta_bar.task)
-    if attrs["per_element"]:
-        n = theta_bar.numel
-        return s.launch(update.sgd_bwd_rate_each, (blocks(n, BLOCK), s.tasks), **args, n=n, acc_task=y.task, BLOCK=BLOCK)
-    table = s.storage.offsets[theta_bar.rows] if theta_bar.rows else None
-    return s.launch(update.sgd_bwd_rate, (s.tasks,), **args, offsets=table, per=theta_bar.numel, BLOCK=BLOCK)
+    if not attrs["per_element"]:
+        return s.dot(y, acc, theta_bar, g, -1.0)
+    n, args = theta_bar.numel, dict(theta_bar=theta_bar.data, g=g.data, acc=data(acc), y=y.data, task=theta_bar.task)
+    return s.launch(update.sgd_bwd_rate_each, (blocks(n, BLOCK), s.tasks), **args, n=n, acc_task=y.task, BLOCK=BLOCK)
+
+
+@rule("dot_fwd")
+def dot_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
+    (x, y, acc), (out,) = inputs, outputs
+    s.dot(out, acc, x, y, 1.0)
+
+
+@rule("clip_value_fwd", "clip_value_bwd")
+def clip_value(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
+    (g, dc), (y,) = (*inputs, None)[:2], outputs
+    args = dict(g=g.data, dc=data(dc), y=y.data, bound=attrs["bound"], n=y.numel, g_task=g.task, dc_task=step(dc), y_task=y.task, BLOCK=BLOCK)
+    s.launch(update.clip_value, (blocks(y.numel, BLOCK), s.tasks), **args)
+
+
+@rule("ratio_fwd")
+def ratio_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
+    (x, y), (out,) = inputs, outputs
+    s.launch(update.ratio, (s.tasks,), x=x.data, y=y.data, out=out.data, x_task=x.task, y_task=y.task, out_task=out.task)
+
+
+@rule("clip_norm_fwd")
+def clip_norm_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
+    (square,), (scale, slope) = inputs, outputs
+    args = dict(square=square.data, scale=scale.data, slope=data(slope), max_norm=attrs["max_norm"])
+    s.launch(update.clip_norm, (s.tasks,), **args, square_task=square.task, scale_task=scale.task, slope_task=step(slope))
 
 
 @rule("axpy_fwd")
