@@ -1,4 +1,7 @@
-"""The triton executor. Its cases (triton_cases.py) run in processes of their own: a process is either interpreted, on CPU tensors, or compiled, on a GPU."""
+"""The triton executor. Its cases (triton_cases.py) run in processes of their own: a process is either interpreted, on CPU tensors, or compiled, on a GPU.
+
+On a GPU all of them run. Interpreted, the slow ones (every option, random Programs) would take ten minutes: cd tests; TRITON_INTERPRET=1 pytest triton_cases.py
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,6 @@ def run_cases(interpret: bool, *selection: str) -> None:
 @pytest.mark.parametrize("selection", ["single", "options", "not single and not options"])
 def test_interpreted(selection: str) -> None:
     run_cases(True, "-m", "not slow", "-k", selection)
-
-
-@needs_triton
-@pytest.mark.slow
-def test_interpreted_random_programs() -> None:
-    run_cases(True, "-m", "slow")
 
 
 @needs_triton

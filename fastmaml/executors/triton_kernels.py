@@ -259,7 +259,7 @@ def weight_product(s: Site, g: Geometry, extent: str, pairs: Sequence[tuple[View
     table, most, tasks = s.own(extent)
     pixels, numel = g.OH * g.OW, g.depth * g.CO
     chunks = blocks(most * pixels, CHUNK)
-    k, n, m = power(g.depth, 16, 64), power(g.CO, 16, 64), 32
+    k, n, m = power(g.depth, 32, 64), power(g.CO, 16, 64), 32
     out = [None if v is None else v if chunks == 1 else replace(v, data=s.temp(tasks * chunks * v.numel), task=v.numel) for v in (dw, db)]
     grid = (blocks(g.depth if dw else 1, k) * blocks(g.CO, n), chunks, tasks)
     args = dict(offsets=table, x=data(x), dy=data(dy), x2=data(x2), dy2=data(dy2), dw=data(out[0]), db=data(out[1]), chunk=CHUNK, chunks=chunks)
