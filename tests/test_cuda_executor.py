@@ -205,7 +205,7 @@ def test_strict_leaves_sinks_alone(strict: bool) -> None:
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Plan of MAML objects runs on the host's threads."""
-    monkeypatch.setattr(engine, "choose", lambda backend, plan, dtype, device: on_host(plan, order="reversed"))
+    monkeypatch.setattr(engine, "choose", lambda backend, plan, *_: on_host(plan, order="reversed"))
 
 
 def small_net() -> torch.nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import device as Device  # `torch` itself is this package's submodule
 from torch import dtype as DType
 from torch import float32
+from torch.cuda import is_available as sees_a_gpu
 
 from fastmaml.executors.autograd import AutogradExecutor
 from fastmaml.executors.cpu import CpuExecutor
@@ -59,6 +60,8 @@ def why_not_triton(dtype: DType, device: Device) -> str | None:
         return f"the parameters are on {device}, the Triton kernels are for NVIDIA GPUs (on a CPU TRITON_INTERPRET=1 interprets them, for tests)"
     if dtype != float32:
         return f"the parameters are {str(dtype).removeprefix('torch.')}, the kernels are float32"
+    if device.type == "cuda" and not sees_a_gpu():
+        return "torch sees no CUDA device"
     return triton_executor()[1] or None
 
 
