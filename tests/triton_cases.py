@@ -23,7 +23,7 @@ from fastmaml.executors import torch_kernels
 from fastmaml.executors.call import Results
 from fastmaml.executors.torch import Task, TorchExecutor
 from fastmaml.executors.triton import INTERPRETED, TritonExecutor, Workspace
-from fastmaml.executors.triton_kernels import RULES
+from fastmaml.executors.triton_rules import RULES
 from fastmaml.executors.triton_storage import Bucket
 from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.plan import Arrangement, Plan, Rate

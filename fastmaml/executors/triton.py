@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
-from fastmaml.executors.triton_kernels import RULES, Launch
 from fastmaml.executors.triton_lowering import Lowering
+from fastmaml.executors.triton_rules import RULES
+from fastmaml.executors.triton_site import Launch
 from fastmaml.executors.triton_storage import Bucket
 from fastmaml.kernels import update
 from fastmaml.plan.instructions import EXTENTS, Plan

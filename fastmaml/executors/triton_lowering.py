@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fastmaml.executors.triton_kernels import BLOCK, RULES, Launch, Site, blocks
+from fastmaml.executors.triton_rules import RULES
+from fastmaml.executors.triton_site import BLOCK, Launch, Site, blocks
 from fastmaml.executors.triton_storage import Bucket, Storage, Temp, View
 from fastmaml.kernels import tasks
 from fastmaml.plan.instructions import Instruction, Phase, Plan
