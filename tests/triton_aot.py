@@ -30,12 +30,6 @@ def signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[
     return types, constants, attrs
 
 
-def key(launch: Any) -> tuple:
-    """Launches with one key are one compiled kernel."""
-    types, constants, attrs = signature(launch)
-    return launch.kernel.__name__, tuple(types.values()), tuple(constants.items()), tuple(attrs), tuple(launch.options.items())
-
-
 def compiled(launch: Any, capability: int) -> dict[str, int]:
     """Bytes and registers: REG, STACK, LOCAL (of cuobjdump), shared."""
     import triton
