@@ -75,6 +75,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     again.add_argument("--split", choices=ALL_SPLITS, default="test", help="default %(default)s")
     again.add_argument("--seed", type=at_least(0), metavar="N", help="of the tasks (default: that of the run, plus 2)")
+    _device(again)
     again.add_argument("--data", metavar="PATH", help="where Omniglot lies, if not where it was in training")
     again.set_defaults(run=_evaluate, parser=again)
 
@@ -129,11 +130,16 @@ def _train_arguments(parser: argparse.ArgumentParser, task: str) -> None:
         "a task that is not finite ends the run, or is left out (default raise)",
         choices=("raise", "skip"),
     )
-    add("backend", "default auto", choices=[name for name in BACKENDS if name not in ("cuda", "triton")])
+    add("backend", "default auto", choices=BACKENDS)
+    _device(parser)
     parser.set_defaults(run=_train, parser=parser)
 
 
-OTHERS = ("command", "run", "parser", "task", "out", "resume")  # what argparse puts beside the settings
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default %(default)s)")
+
+
+OTHERS = ("command", "run", "parser", "task", "out", "resume", "device")  # what argparse puts beside the settings
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -143,9 +149,9 @@ def _train(arguments: argparse.Namespace) -> int:
     out = arguments.out
     try:
         if arguments.resume:
-            trainer = Trainer.resume(out, task=arguments.task, **given)
+            trainer = Trainer.resume(out, arguments.device, task=arguments.task, **given)
         else:
-            trainer = Trainer(Settings.of(arguments.task, **given), out)
+            trainer = Trainer(Settings.of(arguments.task, **given), out, arguments.device)
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         arguments.parser.error(f"--out {out}: {error}. Give another folder, or --resume to go on with the run in it")
@@ -192,7 +198,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     a = arguments
     try:
-        result = evaluate(a.checkpoint, tasks=a.tasks, steps=a.steps, split=a.split, seed=a.seed, data=a.data, bar=True)
+        result = evaluate(a.checkpoint, tasks=a.tasks, steps=a.steps, split=a.split, seed=a.seed, data=a.data, device=a.device, bar=True)
     except (*WRONG, PermissionError) as error:
         arguments.parser.error(str(error))
     except OSError as error:

@@ -142,6 +142,12 @@ def test_stream_seed_and_threads(make):
         torch.set_num_threads(before)
 
 
+def test_on_a_device(make):
+    """Rotated too, without a look at a value there."""
+    batch, here = make(device="meta", ways=4, tasks=6, split="all").sample(), make(ways=4, tasks=6, split="all").sample()
+    assert all(t.is_meta and t.shape == u.shape for t, u in zip(batch.stored(), here.stored(), strict=True))
+
+
 def test_union_counts_a_drawing_once(tmp_path):
     small = {"Ogham": 4, "Runic_(elder)": 7}
     write_zip(tmp_path / f"{SUBSET}.zip", members(alphabets=small))

@@ -61,6 +61,15 @@ def test_stream_and_seed(make, cache):
 
 
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
+def test_on_a_device(make, cache):
+    """"meta" has shapes and no memory: what mixes it with the CPU raises, and so does what has to know a value before it goes on."""
+    there, here = make(cache, device="meta"), make(cache)
+    batch = there.sample()
+    assert all(t.is_meta and t.shape == u.shape and t.dtype is u.dtype for t, u in zip(tensors(batch), tensors(here.sample()), strict=True))
+    assert torch.equal(there.generator.get_state(), here.generator.get_state())
+
+
+@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
 def test_same_bits_for_any_thread_count(make, cache, threads):
     batches = []
     for count in (1, 2, 3):
@@ -294,6 +303,8 @@ REFUSED = [
     (lambda c: Sinusoid(amplitude=(5, 1)), ValueError, r"amplitude=\(5, 1\): expected finite numbers with low <= high"),
     (lambda c: Sinusoid(phase=math.pi), ValueError, r"phase=3.14.*: expected a pair \(low, high\)"),
     (lambda c: Sinusoid(x=(0, math.inf)), ValueError, r"x=\(0, inf\): expected finite"),
+    (lambda c: Sinusoid(device="gpu"), ValueError, "device='gpu': expected 'cpu', 'cuda' or 'cuda:0'"),
+    (lambda c: Glyphs(cache_dir=c, device="cuda:99"), ValueError, r"device='cuda:99': torch sees \d+ CUDA devices here"),
 ]
 
 

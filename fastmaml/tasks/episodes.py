@@ -11,27 +11,28 @@ import torch
 from torch import Tensor
 
 from fastmaml.batch import TaskBatch, check_count
+from fastmaml.tasks.device import check_device
 
 
 class Episodes:
     """Endless source of ``TaskBatch``. A subclass checks its own arguments, fills in its bank, and draws the images:
 
-    __init__   counts, the source's own stream
+    __init__   counts, the source's own stream, the device
     _fill      the bank
-    _draw      rows of the bank -> float32 images
+    _draw      rows of the bank -> float32 images on the device
     """
 
-    def __init__(self, ways: int, shots: int, queries: int, tasks: int, seed: int, flatten: bool) -> None:
+    def __init__(self, ways: int, shots: int, queries: int, tasks: int, seed: int, flatten: bool, device: str | torch.device) -> None:
         self.ways, self.shots = check_count("ways", ways), check_count("shots", shots)
         self.queries, self.tasks = check_count("queries", queries), check_count("tasks", tasks)
         self.generator = torch.Generator().manual_seed(check_count("seed", seed, minimum=0))
-        self.flatten = flatten
+        self.flatten, self.device = flatten, check_device(device)
 
     def _fill(self, images: Tensor, rows: Tensor, group: Tensor) -> int:
         """images uint8 [n, size, size]; rows int64 [classes, examples]: row of images, -1 where there is none; group int64 [classes].
 
         Returns the number of groups: the most ways that a task can have."""
-        self._images, self._rows = images, rows
+        self._images, self._rows = images.to(self.device), rows
         self._present = rows >= 0
         self._group = group.unique(return_inverse=True)[1]
         self._members = self._group.argsort(stable=True)  # classes, group after group
@@ -40,7 +41,7 @@ class Episodes:
         return len(self._group_size)
 
     def _draw(self, rows: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
-        """rows int64 [n] of the bank, the class of each [n] -> images float32 [n, size, size], 0 paper to 1 ink."""
+        """rows int64 [n] of the bank, the class of each [n], both on the CPU -> images float32 [n, size, size], 0 paper to 1 ink."""
         raise NotImplementedError
 
     def sample(
@@ -76,7 +77,7 @@ class Episodes:
         images = self._draw(torch.cat([support, query]), of_image, generator)  # [n, size, size]
         shape = (images[0].numel(),) if self.flatten else (1, *images.shape[1:])
         x_support, x_query = images.view(-1, *shape).split([len(support), len(query)])
-        label = torch.arange(ways)
+        label = torch.arange(ways, device=self.device)
         batch = TaskBatch.from_tensors(
             x_support.view(tasks, ways * shots, *shape),
             label.repeat_interleave(shots).repeat(tasks, 1),

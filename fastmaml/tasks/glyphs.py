@@ -52,7 +52,8 @@ class Glyphs(Episodes):
     split: "train" (Latin, Greek, Cyrillic) or "test" (Georgian, Armenian). shots, queries: examples per class. jitter:
     rotations of up to 12 degrees, shifts of up to 2/28 of the size. cache_dir: where the rendered letters are kept
     (default $XDG_CACHE_HOME/fastmaml or ~/.cache/fastmaml); rendering takes a second or two, all that a folder that
-    cannot be written costs. Raises ValueError or TypeError naming the argument, ImportError without matplotlib.
+    cannot be written costs. device: where the letters lie, as bytes, and where tasks are put together; a seed means the
+    same tasks on any, but for the last bits of a rotation. Raises ValueError or TypeError naming the argument, ImportError without matplotlib.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class Glyphs(Episodes):
         jitter: bool = True,
         cache_dir: str | os.PathLike | None = None,
         flatten: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:
         if split not in ALPHABETS:
             raise ValueError(f"split={split!r}: expected one of {', '.join(map(repr, ALPHABETS))}")
-        super().__init__(ways, shots, queries, tasks, seed, flatten)
+        super().__init__(ways, shots, queries, tasks, seed, flatten, device)
         self.split, self.jitter = split, jitter
         self.size = check_count("size", size, MIN_SIZE)
         if size > MAX_SIZE:
@@ -91,7 +93,7 @@ class Glyphs(Episodes):
             )
 
     def _draw(self, rows: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
-        images = self._images[rows].float().mul_(1 / 255)
+        images = self._images[rows.to(self.device)].float().mul_(1 / 255)
         return _jitter(images, generator) if self.jitter else images
 
 
@@ -102,7 +104,8 @@ def _jitter(images: Tensor, generator: torch.Generator, degrees: float = 12.0, s
     angle = noise[0].double() * math.radians(degrees)
     cos, sin = angle.cos().float(), angle.sin().float()  # double, rounded once: the same bits for any thread count
     x = torch.linspace(-1 + 1 / size, 1 - 1 / size, size)
-    grid = torch.empty(n, size, size, 2)
+    cos, sin, noise, x = (v.to(images.device) for v in (cos, sin, noise, x))
+    grid = torch.empty(n, size, size, 2, device=images.device)
     # One product per row and per column, one sum per pixel: affine_grid's matrix product, four times as fast
     torch.sub((cos * x + noise[1] * (2 * shift))[:, None, :], (sin * x)[:, :, None], out=grid[..., 0])
     torch.add((sin * x + noise[2] * (2 * shift))[:, None, :], (cos * x)[:, :, None], out=grid[..., 1])

@@ -45,6 +45,7 @@ class Omniglot(Episodes):
     resize     "lanczos" (of the grey image, as learn2learn) | "nearest" (what Pillow's Lanczos does to a 1-bit image, and
                so the images of cbfinn/maml)
     cache_dir  where the resized images are kept (default $XDG_CACHE_HOME/fastmaml or ~/.cache/fastmaml)
+    device     where the images lie, as bytes, and where tasks are put together; a seed means the same tasks on any
 
     seed is of the source's own stream, split_seed of the split: sources that must not overlap need the same split_seed.
     ``classes`` names the classes, ``alphabets`` their alphabets. Raises FileNotFoundError saying where Omniglot is
@@ -68,6 +69,7 @@ class Omniglot(Episodes):
         resize: str = "lanczos",
         cache_dir: str | os.PathLike | None = None,
         flatten: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:
         for name, value, allowed in (
             ("split", split, (*SHARES, "all")),
@@ -76,7 +78,7 @@ class Omniglot(Episodes):
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
-        super().__init__(ways, shots, queries, tasks, seed, flatten)
+        super().__init__(ways, shots, queries, tasks, seed, flatten, device)
         self.split, self.rotations = split, bool(rotations)
         self.size = check_count("size", size, MIN_SIZE)
         if size > SIDE:
@@ -106,11 +108,11 @@ class Omniglot(Episodes):
             )
 
     def _draw(self, rows: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
-        images = self._images[rows]
+        images = self._images[rows.to(self.device)]
         if self.rotations:
             turns = classes % len(ANGLES)
             for k in range(1, len(ANGLES)):
-                chosen = (turns == k).nonzero()[:, 0]
+                chosen = (turns == k).nonzero()[:, 0].to(self.device)
                 images[chosen] = images[chosen].rot90(k, (1, 2))
         return images.float().mul_(1 / 255)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.batch import TaskBatch, check_count
+from fastmaml.tasks.device import check_device
 
 Range = tuple[float, float]
 
@@ -16,7 +17,7 @@ Range = tuple[float, float]
 class Sinusoid:
     """Tasks y = amplitude * sin(x - phase); amplitude, phase and x uniform in the given ranges (low, high).
 
-    Yields TaskBatch with support_x, support_y [tasks, shots, 1] and query_x, query_y [tasks, queries, 1], float32.
+    Yields TaskBatch with support_x, support_y [tasks, shots, 1] and query_x, query_y [tasks, queries, 1], float32, on ``device``.
     Raises ValueError or TypeError for counts below one and for ranges that are not finite (low, high) pairs in order.
     """
 
@@ -29,6 +30,7 @@ class Sinusoid:
         amplitude: Range = (0.1, 5.0),
         phase: Range = (0.0, math.pi),
         x: Range = (-5.0, 5.0),
+        device: str | torch.device = "cpu",
     ) -> None:
         self.shots = check_count("shots", shots)
         self.queries = check_count("queries", queries)
@@ -36,6 +38,7 @@ class Sinusoid:
         self.amplitude = _range("amplitude", amplitude)
         self.phase = _range("phase", phase)
         self.x = _range("x", x)
+        self.device = check_device(device)
         self.generator = torch.Generator().manual_seed(check_count("seed", seed, minimum=0))
 
     def sample(
@@ -52,7 +55,7 @@ class Sinusoid:
         xs = [_uniform((tasks, n, 1), self.x, generator) for n in (self.shots, self.queries)]
         # The sine in double, rounded once: the last bit of a float32 sine may depend on how threads split the work
         ys = [(amplitude.double() * torch.sin(x.double() - phase.double())).float() for x in xs]
-        batch = TaskBatch.from_tensors(xs[0], ys[0], xs[1], ys[1])
+        batch = TaskBatch.from_tensors(*(v.to(self.device) for v in (xs[0], ys[0], xs[1], ys[1])))
         return (batch, amplitude.flatten(), phase.flatten()) if return_params else batch
 
     def __iter__(self) -> Iterator[TaskBatch]:

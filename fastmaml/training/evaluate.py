@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.batch import check_count
+from fastmaml.tasks.device import check_device
 from fastmaml.training import checkpoint
 from fastmaml.training.pictures import draw_evaluation, write_csv
 from fastmaml.training.settings import Settings
@@ -52,6 +53,7 @@ def evaluate(
     split: str = "test",
     seed: int | None = None,
     data: str | None = None,
+    device: str | torch.device = "cpu",
     bar: bool = False,
 ) -> Evaluation:
     """The checkpoint ``place`` (or in the folder ``place``) on new tasks after 0 .. ``steps`` inner steps.
@@ -63,9 +65,10 @@ def evaluate(
     check_count("tasks", tasks), check_count("steps", steps, 0)
     path = checkpoint.path_of(place)
     tensors, facts = checkpoint.load(path)
-    settings, maml = model_from(path, tensors, facts, data)
+    device = check_device(device)
+    settings, maml = model_from(path, tensors, facts, data, device)
     maml.on_nonfinite = "skip"
-    source = settings.source(split, settings.seed + 2 if seed is None else check_count("seed", seed, 0))
+    source = settings.source(split, settings.seed + 2 if seed is None else check_count("seed", seed, 0), device)
 
     from tqdm import tqdm
 
@@ -80,7 +83,7 @@ def evaluate(
             for k, values in enumerate(found):
                 out = maml(batch, inner_steps=k)
                 value = out.task_losses if settings.regression else out.task_accuracy
-                values.append(torch.where(out.finite, value.double(), torch.nan))
+                values.append(torch.where(out.finite.cpu(), value.cpu().double(), torch.nan))
             shown.update(len(batch))
     rows = []
     for k, values in enumerate(found):

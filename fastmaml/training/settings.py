@@ -111,32 +111,32 @@ class Settings:
         ways = f"{self.shots}-shot" if self.ways is None else f"{self.ways}-way {self.shots}-shot"
         return f"{self.task}, {ways}, {NETS[self.task, self.net].__name__}{', first order' if self.first_order else ''}"
 
-    def source(self, split: str, seed: int) -> Sinusoid | Glyphs | Omniglot:
-        """Tasks of ``split``: one of SPLITS[task]."""
+    def source(self, split: str, seed: int, device: str | torch.device = "cpu") -> Sinusoid | Glyphs | Omniglot:
+        """Tasks of ``split``, one of SPLITS[task], on ``device``."""
         if split not in SPLITS[self.task]:
             raise ValueError(f"split={split!r}: {self.task} has {', '.join(SPLITS[self.task])}")
-        sizes = dict(shots=self.shots, queries=self.queries, tasks=self.tasks, seed=seed)
+        sizes = dict(shots=self.shots, queries=self.queries, tasks=self.tasks, seed=seed, device=device)
         if self.task == "sinusoid":
             return Sinusoid(**sizes)
         if self.task == "glyphs":
             return Glyphs(split, ways=self.ways, **sizes)
         return Omniglot(self.data, split, ways=self.ways, split_by=self.split_by, rotations=self.rotations, **sizes)
 
-    def training_source(self) -> Sinusoid | Glyphs | Omniglot:
-        return self.source("test" if self.task == "sinusoid" else "train", self.seed)
+    def training_source(self, device: str | torch.device = "cpu") -> Sinusoid | Glyphs | Omniglot:
+        return self.source("test" if self.task == "sinusoid" else "train", self.seed, device)
 
-    def unseen_source(self) -> Sinusoid | Glyphs | Omniglot:
+    def unseen_source(self, device: str | torch.device = "cpu") -> Sinusoid | Glyphs | Omniglot:
         """For the learning curve: nothing is chosen by it."""
-        return self.source("validation" if self.task == "omniglot" else "test", self.seed + 1)
+        return self.source("validation" if self.task == "omniglot" else "test", self.seed + 1, device)
 
-    def maml(self) -> MAML:
-        """Weights drawn with ``seed``; torch's global stream stays where it is."""
+    def maml(self, device: str | torch.device = "cpu") -> MAML:
+        """On ``device``, with weights drawn with ``seed``: the same on any device; torch's global stream stays where it is."""
         net = NETS[self.task, self.net]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = net() if self.ways is None else net(ways=self.ways)
         return MAML(
-            model,
+            model.to(device),
             inner_lr=self.inner_lr,
             inner_steps=self.inner_steps,
             loss="mse" if self.regression else "cross_entropy",

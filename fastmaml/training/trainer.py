@@ -23,6 +23,7 @@ from torch import Tensor
 from fastmaml.batch import check_count
 from fastmaml.maml import MAML
 from fastmaml.output import NonFiniteError
+from fastmaml.tasks.device import check_device
 from fastmaml.training import checkpoint
 from fastmaml.training.checkpoint import CheckpointError
 from fastmaml.training.pictures import draw_curve, write_csv
@@ -34,19 +35,20 @@ SAVE_EVERY = 30.0  # seconds
 
 
 class Trainer:
-    """``Trainer(settings, out)`` begins a run, ``Trainer.resume(out)`` takes one up; ``run()`` trains and writes.
+    """``Trainer(settings, out)`` begins a run, ``Trainer.resume(out)`` takes one up; ``run()`` trains and writes. ``device`` holds the network and the
+    tasks; it is no setting of the run, which may go on on another.
 
     Raises ValueError, FileExistsError, BackendError or CheckpointError before any work starts. iteration: how many are
     done; log: rows of COLUMNS, means since the row before; stopped: the signal that ended the last run() early, or 0.
     """
 
-    def __init__(self, settings: Settings, out: Path) -> None:
+    def __init__(self, settings: Settings, out: Path, device: str | torch.device = "cpu") -> None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"{out} is there and is not an empty folder")
-        self._start(settings, out)
+        self._start(settings, out, check_device(device))
 
     @classmethod
-    def resume(cls, out: Path, **changed: Any) -> Trainer:
+    def resume(cls, out: Path, device: str | torch.device = "cpu", **changed: Any) -> Trainer:
         """The run in the folder ``out``; of the settings those in CHANGEABLE may be given anew."""
         path = checkpoint.path_of(out)
         tensors, facts = checkpoint.load(path)
@@ -58,25 +60,27 @@ class Trainer:
                     f" What may change when a run goes on: {', '.join(CHANGEABLE)}"
                 )
         trainer = cls.__new__(cls)
-        trainer._start(replace(settings, **changed), path.parent)
+        trainer._start(replace(settings, **changed), path.parent, check_device(device))
         trainer._restore(path, tensors, facts)
         return trainer
 
-    def _start(self, settings: Settings, out: Path) -> None:
+    def _start(self, settings: Settings, out: Path, device: torch.device) -> None:
         self.settings, self.out = settings, out
-        self.maml = settings.maml()
+        self.maml = settings.maml(device)
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=settings.lr)
         for p in self.maml.parameters():
             p.grad = torch.zeros_like(p)  # from the first iteration on meta_grad adds to what is there
-        self.source = settings.training_source()
+        self.source = settings.training_source(device)
         self.unseen = None
         if settings.validation:
             try:
-                self.unseen = settings.unseen_source().sample(settings.validation)
+                self.unseen = settings.unseen_source(device).sample(settings.validation)
             except ValueError as error:
                 raise ValueError(f"{error} (validation=0 trains without a curve of unseen classes)") from None
         sample = self.source.sample(generator=torch.Generator().manual_seed(0))
         self.maml.plan(sample)  # a backend that cannot run it says so now
+        if device.type != "cpu":  # the last bits of a rotation are the device's own
+            sample = settings.training_source().sample(generator=torch.Generator().manual_seed(0))
         self._digest = hashlib.sha256(b"".join(x.numpy().tobytes() for x in sample.stored())).hexdigest()
         self.iteration, self.stopped, self.seconds = 0, 0, 0.0
         self.every, self.log = -(-settings.iterations // ROWS), []
@@ -216,13 +220,13 @@ class Trainer:
 
 
 def model_from(
-    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], data: str | None
+    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], data: str | None, device: torch.device
 ) -> tuple[Settings, MAML]:
-    """The trained MAML of a checkpoint. ``data``: where Omniglot lies, if not where it was."""
+    """The trained MAML of a checkpoint, on ``device``. ``data``: where Omniglot lies, if not where it was."""
     settings = _settings(path, facts)
     if data is not None:
         settings = replace(settings, data=data)
-    maml = settings.maml()
+    maml = settings.maml(device)
     _load_model(path, maml, tensors)
     return settings, maml
 
