@@ -22,7 +22,9 @@ CHILD = """
 import os, sys
 answers = os.fdopen(os.dup(1), "w")  # what libraries print must not stand among the answers
 os.dup2(2, 1)
-sys.path[:0] = [sys.argv[1]] if sys.argv[1] == sys.argv[2] else sys.argv[1:3]
+sys.path.insert(0, sys.argv[2])
+import benchmarks  # of this tree, whichever fastmaml it measures
+sys.path.insert(0, sys.argv[1])
 import fastmaml
 assert fastmaml.__file__.startswith(sys.argv[1]), fastmaml.__file__
 from benchmarks.child import serve
@@ -55,6 +57,8 @@ class Worker:
 
     def ask(self, what: str, *arguments: object) -> Any:
         """The answer of this method of benchmarks.child.Child."""
+        if self.process.stdin.closed:
+            raise Failed("its process has ended")
         try:
             self.process.stdin.write(json.dumps([what, *arguments]) + "\n")
             self.process.stdin.flush()
