@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmaml import options
 from fastmaml.batch import TaskBatch
-from fastmaml.executors.call import Results
 from fastmaml.executors.opaque import is_opaque
 from fastmaml.plain_loop import PlainLoop
+from fastmaml.rewritten_loop import RewrittenLoop
 
 BOUND = 3e-5  # of a float32 meta-gradient whose decisions are those of the truth (DESIGN.md, section 5)
 MEDIANS = 4  # from this many tasks on
@@ -104,26 +104,27 @@ def verify(maml: Any, tasks: Any, *, repeats: int = 5) -> Verification:
 
     The truth runs task by task in float64: take few tasks of a large model. Nothing of the user's is changed:
     parameters, ``.grad``, buffers, random state. ``repeats``: of the timing.
+
+    Where a parameterisation rewrites the network, the truth is float64 autograd of the rewritten network (``rewritten_loop.py``).
+    Raises NotImplementedError for a mixture of initialisations and for batchnorm="joint", which the plain loop does not know.
     """
-    if not maml.parameterisation.is_identity or maml.parameterisation.kinds or maml.parameterisation.has_prologue:
-        raise NotImplementedError(f"verify compares with a plain loop over the model's own parameters, and knows no parameterisation {maml.parameterisation.signature}")
-    if maml.batchnorm == "joint":
-        raise NotImplementedError("verify compares with a plain loop, which knows no batchnorm='joint'")
+    loop = _loop_of(maml)
     batch, repeats = TaskBatch.of(tasks), options.count("repeats", repeats, 1)
     with _undisturbed(maml):
+        seeds = options.task_seeds(None, len(batch))
         ours, double = _copy(maml), _copy(maml).double()
         opaque = is_opaque(ours.plan(batch))
         double.backend = "auto" if opaque else "torch"
         double.plan(batch)  # building a Plan may draw random numbers: not between the runs below
-        plain, truth = PlainLoop(ours, batch), PlainLoop(double, batch.to(torch.float64))
+        plain, truth = loop(ours, batch, seeds), loop(double, batch.to(torch.float64), seeds)
         state = _random_state(ours)
-        out = ours.meta_grad(batch)
+        out = ours.meta_grad(batch, task_seeds=seeds)
         gradient = _take_gradient(ours)
         _random_state(ours, state)
-        sums = _each_task(ours, batch, plain, truth, out.finite.tolist())
+        sums = _each_task(ours, batch, plain, truth, out.finite.tolist(), seeds)
         fields: dict[str, Any] = dict.fromkeys(("decisions", "flips", "equal_error", "plan_error"))
         if not opaque:
-            fields = _decisions(ours, double, batch, gradient, sums.truth)
+            fields = _decisions(ours, double, batch, seeds, gradient, sums.truth)
         seconds, plain_seconds = _seconds(ours, batch, plain, repeats)
     true_loss = sums.truth_loss or 1.0
     return Verification(
@@ -141,6 +142,17 @@ def verify(maml: Any, tasks: Any, *, repeats: int = 5) -> Verification:
         seconds=seconds,
         plain_seconds=plain_seconds,
     )
+
+
+def _loop_of(maml: Any) -> Callable[[Any, TaskBatch, Sequence[int]], PlainLoop]:
+    """(maml, batch, seeds) -> the plain loop that it is compared with."""
+    p = maml.parameterisation
+    rewrites = not p.is_identity or p.kinds or p.has_prologue
+    if maml.batchnorm == "joint" or (rewrites and maml.batchnorm == "support"):
+        raise NotImplementedError(f"verify compares with a plain loop, which knows no batchnorm={maml.batchnorm!r}{' of a rewritten network' if rewrites else ''}")
+    if p.name == "mixture":
+        raise NotImplementedError("verify compares with a plain loop of one initialisation, and knows no mixture of them")
+    return RewrittenLoop if rewrites else lambda maml, batch, seeds: PlainLoop(maml, batch)
 
 
 def distance(gradient: Gradient, truth: Gradient) -> float:
@@ -165,7 +177,7 @@ class _Sums:
     plain_loss: float = 0.0
 
 
-def _each_task(ours: Any, batch: TaskBatch, plain: PlainLoop, truth: PlainLoop, finite: list[bool]) -> _Sums:
+def _each_task(ours: Any, batch: TaskBatch, plain: PlainLoop, truth: PlainLoop, finite: list[bool], seeds: Sequence[int]) -> _Sums:
     sums = _Sums({n: torch.zeros_like(p) for n, p in truth.wanted.items()}, {}, [], [])
     sums.plain = {n: torch.zeros_like(p) for n, p in plain.wanted.items()}
     for t in range(len(batch)):
@@ -182,21 +194,22 @@ def _each_task(ours: Any, batch: TaskBatch, plain: PlainLoop, truth: PlainLoop, 
             sums.plain[name] += found[name] / len(batch)
         if len(batch) >= MEDIANS:
             _random_state(ours, state)
-            ours.meta_grad(batch.select([t]))
+            ours.meta_grad(batch.select([t]), task_seeds=[seeds[t]])
             sums.errors.append(distance(_take_gradient(ours), true))
             sums.plain_errors.append(distance(found, true))
     return sums
 
 
-def _decisions(ours: Any, double: Any, batch: TaskBatch, gradient: Gradient, truth: Gradient) -> dict[str, Any]:
+def _decisions(ours: Any, double: Any, batch: TaskBatch, seeds: Sequence[int], gradient: Gradient, truth: Gradient) -> dict[str, Any]:
     """How many ReLU masks and pooling indices differ from float64's, and the errors of the Plan itself."""
     batch64 = batch.to(torch.float64)
-    mine, theirs = _recorded(ours, batch), _recorded(double, batch64)
-    keys = [key for key in theirs.values if isinstance(key, tuple)]
-    pairs = [(a.to(b), b) for key in keys for a, b in zip(mine.values[key], theirs.values[key], strict=True)]
+    mine, theirs = _recorded(ours, batch, seeds), _recorded(double, batch64, seeds)
+    made, true = mine.results.values, theirs.results.values
+    keys = [key for key in true if isinstance(key, tuple)]
+    pairs = [(a.to(b), b) for key in keys for a, b in zip(made[key], true[key], strict=True)]
     flips = sum(int((a != b).sum()) for a, b in pairs)
-    replay = {key: [a.to(b) for a, b in zip(mine.values[key], theirs.values[key], strict=True)] for key in keys}
-    replayed = _recorded(double, batch64, replay) if flips else theirs
+    replay = {key: [a.to(b) for a, b in zip(made[key], true[key], strict=True)] for key in keys}
+    replayed = _recorded(double, batch64, seeds, replay) if flips else theirs
     return {
         "decisions": sum(b.numel() for _, b in pairs),
         "flips": flips,
@@ -205,18 +218,15 @@ def _decisions(ours: Any, double: Any, batch: TaskBatch, gradient: Gradient, tru
     }
 
 
-def _recorded(maml: Any, batch: TaskBatch, replay: Mapping | None = None) -> Results:
+def _recorded(maml: Any, batch: TaskBatch, seeds: Sequence[int], replay: Mapping | None = None) -> Any:
     """A run that brings its discrete decisions out, or takes those given."""
-    return maml._run(batch, "train", record=True, replay=replay).results
+    return maml._run(batch, "train", record=True, replay=replay, task_seeds=seeds)
 
 
-def _gradients(maml: Any, results: Results) -> Gradient:
-    out = {name: torch.zeros_like(p) for name, p in maml.named_parameters() if p.requires_grad}
-    for name, whole in out.items():
-        g = results.values.get(f"grad.{name}")
-        if g is not None:
-            (whole[: len(g)] if g.dim() else whole).copy_(g)  # fewer rows: rates of steps that do not run
-    return out
+def _gradients(maml: Any, ran: Any) -> Gradient:
+    names = {id(p): name for name, p in maml.named_parameters()}
+    found = {names[id(p)]: g for p, g in maml._gradients(ran, ran.results, maml._trained(ran)) if g is not None and id(p) in names}
+    return {name: found.get(name, torch.zeros_like(p)) for name, p in maml.named_parameters() if p.requires_grad}
 
 
 def _take_gradient(maml: Any) -> Gradient:

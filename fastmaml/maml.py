@@ -215,9 +215,13 @@ class MAML(Trained):
             return options.support_batch(*tasks, None)
         return TaskBatch.of(tasks)
 
-    def _executor(self, batch: TaskBatch, inner_steps: Any, batchnorm: Any, entry: str) -> Executor:
+    def runner(self, batch: TaskBatch, inner_steps: Any = None, batchnorm: Any = None, entry: str = "train") -> Runner:
+        """What a call with these tasks runs on."""
         spec = self._spec(entry, inner_steps, batchnorm, batch)[0]
-        return self._engine.runner(self._engine.view(), batch, spec).executor
+        return self._engine.runner(self._engine.view(), batch, spec)
+
+    def _executor(self, batch: TaskBatch, inner_steps: Any, batchnorm: Any, entry: str) -> Executor:
+        return self.runner(batch, inner_steps, batchnorm, entry).executor
 
     # ------------------------------------------------------------------------------------------------- running
     def _spec(self, entry: str, inner_steps: Any, batchnorm: Any, batch: TaskBatch | None, record: bool = False) -> tuple[Spec, list[float] | None]:

@@ -49,7 +49,7 @@ class PlainLoop:
         weights = [0.0] * self.steps + [1.0]
         if self.maml.step_loss_weights is not None:
             weights, _ = options.check_step_weights(self.maml.step_loss_weights, self.steps)
-        theta: Theta = self.parameters
+        theta = start = self._start(t)
         velocity: dict[str, Tensor] = {}
         outer: Any = 0.0
         for k in range(self.steps + 1):
@@ -58,7 +58,7 @@ class PlainLoop:
                 outer = outer + weights[k] * self._loss(self._query(theta, sx, qx), qy, t)
             if k < self.steps:
                 self._at_step(k)
-                theta = self._step(theta, self._loss(self._logits(theta, sx), sy, t), k, velocity)
+                theta = self._step(theta, start, self._loss(self._logits(theta, sx), sy, t), k, velocity)
         if isinstance(self.maml.meta_gradient, ImplicitGradient) and self.steps:
             return self._implicit(theta, (sx, sy, qx, qy), t)
         if self.maml.meta_gradient == "reptile":
@@ -89,6 +89,10 @@ class PlainLoop:
             p = [v + beta * w for v, w in zip(r, p, strict=True)]
         return outer.item(), dict(zip(names, x, strict=True))
 
+    def _start(self, t: int) -> Theta:
+        """theta_0 of a task."""
+        return self.parameters
+
     def _at_step(self, k: int) -> None:
         for norm in self.model.modules():
             if isinstance(norm, StepBatchNorm):
@@ -97,18 +101,20 @@ class PlainLoop:
     def _cast(self, v: Tensor) -> Tensor:
         return v.to(self.dtype) if v.is_floating_point() or v.dtype is torch.uint8 else v
 
-    def _step(self, theta: Theta, loss: Tensor, k: int, velocity: dict[str, Tensor]) -> Theta:
-        rates, values = self.maml.rates.rates, self.maml.rates.tensors(self.steps)
+    def _step(self, theta: Theta, start: Theta, loss: Tensor, k: int, velocity: dict[str, Tensor]) -> Theta:
+        rates = self.maml.rates.rates
         inputs = [theta[name] for name in rates]
         found = torch.autograd.grad(loss, inputs, create_graph=not self.maml.first_order, allow_unused=True)
         grads = {name: g for name, g in zip(rates, found, strict=True) if g is not None}
         if isinstance(self.maml.meta_gradient, ImplicitGradient):
-            grads = {name: g + self.maml.meta_gradient.lam * (theta[name] - self.parameters[name]) for name, g in grads.items()}
-        moved = {}
-        for name, s in self._moves(theta, grads, velocity).items():
-            value = values[rates[name].name]
-            moved[name] = theta[name] - (value[k] if rates[name].per_step else value) * s
-        return {**theta, **moved}
+            grads = {name: g + self.maml.meta_gradient.lam * (theta[name] - start[name]) for name, g in grads.items()}
+        moves = self._moves(theta, grads, velocity)
+        return {**theta, **{name: theta[name] - self._rate(theta, name, k) * s for name, s in moves.items()}}
+
+    def _rate(self, theta: Theta, name: str, k: int) -> Tensor:
+        rate = self.maml.rates.rates[name]
+        value = self.maml.rates.tensors(self.steps)[rate.name]
+        return value[k] if rate.per_step else value
 
     def _moves(self, theta: Theta, grads: Theta, velocity: dict[str, Tensor]) -> Theta:
         """The gradients as the inner optimizer has them: clipped, with weight decay and momentum."""

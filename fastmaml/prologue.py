@@ -25,7 +25,7 @@ class Prologue:
         given = {**view.parameters, **{name: v for name, v in leaves.items() if name in view.parameters}}
         named = {name: rates[rate.name] for name, rate in runner.given_rates.items()}
         with torch.set_grad_enabled(train):
-            made = dict(view.parameterisation.prologue(Tasks(batch, given, named, seeds, lambda t, weight: _inputs(runner, given, batch, t, weight))))
+            made = dict(view.parameterisation.prologue(Tasks(batch, given, named, seeds, lambda t, weight: inputs_of(runner, given, batch, t, weight))))
         missing = runner.own - made.keys()
         if missing:
             raise ValueError(f"the prologue of {view.parameterisation.signature} gives no {sorted(missing)[0]!r}")
@@ -52,7 +52,7 @@ class Prologue:
         return list(torch.autograd.grad(outputs, list(parameters), cotangents, allow_unused=True, retain_graph=True))
 
 
-def _inputs(runner: Runner, parameters: Mapping[str, Tensor], batch: Any, t: int, weight: str) -> Tensor:
+def inputs_of(runner: Runner, parameters: Mapping[str, Tensor], batch: Any, t: int, weight: str) -> Tensor:
     """What the layer with this weight reads of the support rows of task t, at theta_0."""
     program = runner.program
     if runner.opaque:

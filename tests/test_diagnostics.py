@@ -211,17 +211,17 @@ def test_flips_are_counted_and_replayed(monkeypatch) -> None:
     """One mask of ours is turned over: counted once, and the float64 Plan with it is another gradient."""
     recorded, seen = diagnostics._recorded, []
 
-    def turned(maml, batch, replay=None):
-        results = recorded(maml, batch, replay)
+    def turned(maml, batch, seeds, replay=None):
+        ran = recorded(maml, batch, seeds, replay)
         if next(maml.model.parameters()).dtype == torch.float32:
-            mask = results.values["gradient.mask6", 0][1]
+            mask = ran.results.values["gradient.mask6", 0][1]
             mask[0, 0] = ~mask[0, 0]
         seen.append(replay)
-        return results
+        return ran
 
     monkeypatch.setattr(diagnostics, "_recorded", turned)
     maml = MAML(mlp(), inner_lr=0.1)
-    assert ("gradient.mask6", 0) in recorded(maml, labelled()).values
+    assert ("gradient.mask6", 0) in recorded(maml, labelled(), None).results.values
     result = verify(maml, labelled(), repeats=1)
     assert result.flips == 1 and len(seen) == 3 and seen[-1]
     assert result.equal_error > 1e-4 > result.plan_error and result.ok  # ours is near float64 all the same

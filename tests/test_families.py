@@ -209,9 +209,38 @@ def test_wrong(name: str) -> None:
         call()
 
 
-def test_verify_says_what_it_knows() -> None:
-    with pytest.raises(NotImplementedError, match="knows no parameterisation t_net"):
-        methods.TNets(mlp()).verify(classify())
+VERIFIED = {
+    **EVERY,
+    "film": lambda: methods.CAVIA(small_conv(), layers="*", step_loss_weights=[0.5, 0.5], **OPTIONS | {"inner_steps": 2}),
+    "scales of a conv net": lambda: methods.MTL(small_conv(), adapt="both", **OPTIONS),
+    "prototypes": lambda: methods.ProtoMAML(small_conv(), **OPTIONS),
+    "learned rates": lambda: methods.MTNets(mlp(), learn_inner_lr=True, **OPTIONS),
+    "momentum": lambda: methods.LowRankMAML(mlp(), inner_optimizer=fastmaml.SGD(momentum=0.9, weight_decay=0.1), **OPTIONS),
+}
+
+
+@pytest.mark.parametrize("name", VERIFIED)
+def test_verify(name: str) -> None:
+    maml = VERIFIED[name]()
+    conv = isinstance(maml.model[0], nn.Conv2d)
+    result = maml.verify(classify(**IMAGES) if conv else classify(tasks=4), repeats=1)
+    assert result.ok and result.plan_error < 1e-10 and result.loss_error < 1e-5
+
+
+def test_verify_sees_a_wrong_gradient_of_a_rewritten_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = MAML._gradients
+    monkeypatch.setattr(MAML, "_gradients", staticmethod(lambda *args: [(p, g if g is None else 1.01 * g) for p, g in right(*args)]))
+    assert not methods.TNets(mlp(), **OPTIONS).verify(classify(tasks=4), repeats=1).ok
+
+
+def test_verify_says_what_it_does_not_know() -> None:
+    for make, message in (
+        (lambda: methods.Mixture(mlp()), "knows no mixture"),
+        (lambda: methods.TNets(mlp(), batchnorm="support"), "knows no batchnorm='support' of a rewritten network"),
+        (lambda: methods.TNets(mlp(), backend="autograd"), "for models that can be traced"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            make().verify(classify())
 
 
 def test_module_without_a_place_for_the_shift() -> None:

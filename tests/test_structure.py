@@ -32,7 +32,7 @@ ROOMS = (
     {"nn", "_trace", "trace", "files", "tasks", "machine", "options", "watch"},
     {"plan", "parameterisation", "rates"},
     {"executors"},
-    {"autograd", "adapted", "engine", "output", "plain_loop", "prologue", "state"},
+    {"autograd", "adapted", "engine", "output", "plain_loop", "prologue", "rewritten_loop", "state"},
     {"maml", "diagnostics"},
     {"full", "functional", "leo", "mixture"},
     {"methods"},
