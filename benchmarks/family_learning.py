@@ -30,6 +30,8 @@ EPOCHS = 100  # of MAML++'s schedule, in a run of any length
 
 def train(on: Problem, maml: nn.Module, iterations: int, seed: int) -> float:
     """Milliseconds per meta-iteration."""
+    if not list(maml.parameters()):
+        return 0.0  # a head from zero over fixed features: nothing is outer-learned
     source, optimizer = on.source("train", seed), torch.optim.Adam(maml.parameters(), lr=1e-3)
     schedule = methods.MAMLPlusPlusSchedule(maml) if getattr(maml, "learn_inner_lr", False) and maml.inner_steps > 1 else None
     start = time.perf_counter()

@@ -158,7 +158,7 @@ class Embedded:
     def __init__(self, source: Any, weights: dict[str, Tensor]) -> None:
         network = strided(20)
         network.load_state_dict(weights, strict=False)
-        self.images, self.body = source, network[:-1].eval()  # all but the classifier
+        self.images, self.body = source, nn.Sequential(*list(network)[:-1]).eval()  # all but the classifier
 
     @torch.no_grad()
     def sample(self, tasks: int) -> TaskBatch:

@@ -10,7 +10,7 @@ kernel takes a second pair of operands. linear is the convolution of images of 1
 
 import triton
 import triton.language as tl
-from fastmaml.kernels.tiles import rows_of
+from fastmaml.kernels.tiles import product, rows_of
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _product(acc, x, w, m, n, rows, H: tl.constexpr, W: tl.constexpr, CI: tl.con
         a = tl.load(x + at, mask, 0.0)
         at = (k // CI * W_TAP + k % CI * W_IN)[:, None] + (n * W_OUT)[None, :]
         b = tl.load(w + at, (k < KH * KW * CI)[:, None] & (n < CO)[None, :], 0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = product(a, b, acc, PRECISION)
     return acc
 
 
@@ -87,7 +87,7 @@ def _outer(acc, x, dy, k, n, begin, end, H: tl.constexpr, W: tl.constexpr, CI: t
         at, mask = _taps(m[None, :], k[:, None], (m < end)[None, :], H, W, CI, OH, OW, KH, KW, SH, SW, PT, PL, False)
         a = tl.load(x + at, mask, 0.0)
         b = tl.load(dy + m[:, None] * CO + n[None, :], (m < end)[:, None] & (n < CO)[None, :], 0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = product(a, b, acc, PRECISION)
     return acc
 
 

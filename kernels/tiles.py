@@ -1,7 +1,9 @@
-"""What kernels of several ops share: the rows of a task, the numbers of a tile, the sum of what chunks of rows have summed."""
+"""What kernels of several ops share: the rows of a task, the numbers of a tile, the product of two, the sum of what chunks of rows have summed."""
 
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -9,6 +11,21 @@ def rows_of(offsets, t):
     """(first row, number of rows) of task t."""
     first = tl.load(offsets + t)
     return first.to(tl.int64), tl.load(offsets + t + 1) - first
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, summed in float32. PRECISION: "bf16", both factors rounded to bfloat16; else what tl.dot calls input_precision: "tf32x3" (the error of
+    float32), "bf16x3" (half of its digits more than "tf32"), "tf32"."""
+    if PRECISION == "bf16":
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+    if INTERPRETED:  # it multiplies the bits of two bfloat16, and knows no bf16x3
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif PRECISION == "bf16":
+        acc = tl.dot(a, b, acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit

@@ -318,6 +318,19 @@ def test_few_steps_and_first_order(steps: int, first_order: bool) -> None:
     judge_plan(small("conv", "plain", steps, first_order=first_order, memory="fast"))
 
 
+@pytest.mark.parametrize(("kind", "bounds"), [("linear", (1e-5, 5e-3, 3e-2)), ("conv", (1e-5, 5e-3, 3e-2))])
+def test_precisions(kind: str, bounds: tuple[float, ...]) -> None:
+    """Those of DESIGN.md, section 5. The interpreter rounds to bfloat16, and computes all other products in float32."""
+    case = on_device(small(kind, "plain", 2))
+    truth = gradients(TorchExecutor(case.plan()).forward(case.call()), case.leaves)
+    errors = []
+    for precision, bound in zip(("highest", "high", "medium"), bounds, strict=True):
+        results = TritonExecutor(case.plan(), precision).forward(case.call(torch.float32))
+        errors.append(error(gradients(results, case.leaves), truth, ZERO))
+        assert results.precision == precision and errors[-1] <= bound
+    assert errors[2] > 10 * errors[0], "medium rounds to bfloat16"
+
+
 def test_a_rate_of_each_task() -> None:
     """With a factored first layer: rows of every task are scaled by its own number."""
     case = small("linear", "factored", 2)

@@ -12,8 +12,9 @@ from fastmaml.executors.triton_storage import Bucket, Storage, Temp, View
 from fastmaml.kernels import tasks
 from fastmaml.plan.instructions import Instruction, Phase, Plan
 
-FP32 = "tf32x3"  # three products in TF32: the error of float32
-PRODUCTS = {"highest": FP32, "high": "tf32", "medium": "tf32"}  # of HVP passes, whose ReLU masks and maxima are stored; all others are FP32
+# How products are computed, by precision: in HVP passes, whose ReLU masks and maxima are stored, and in all others. Three products in TF32 have the error of
+# float32, three in bfloat16 that of 16 bits.
+PRODUCTS = {"highest": ("tf32x3", "tf32x3"), "high": ("tf32", "tf32x3"), "medium": ("bf16", "bf16x3")}
 
 
 class Lowering:
@@ -59,7 +60,7 @@ class Lowering:
         self.site.tasks = 1 if phase.scope == "meta" else self.bucket.tasks
         for step in phase.steps():
             for name in phase.segments:
-                self.site.precision = PRODUCTS[self.precision] if name == "hvp" else FP32
+                self.site.precision = PRODUCTS[self.precision][name != "hvp"]
                 for instr in self.plan.segments[name].instructions:
                     self._instruction(instr, step, done, shared)
         self.site.tasks = self.bucket.tasks

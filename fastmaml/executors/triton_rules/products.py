@@ -54,8 +54,8 @@ def _back(g: Geometry) -> Geometry:
 
 
 def _warps(precision: str, rows: int, columns: int) -> dict[str, int]:
-    """Three products in TF32 need registers for their parts: a large tile is dealt out to more warps."""
-    return {"num_warps": 8 if rows * columns >= 4096 and precision != "tf32" else 4, "num_stages": 3}
+    """Three products need registers for their parts: a large tile is dealt out to more warps."""
+    return {"num_warps": 8 if rows * columns >= 4096 and precision.endswith("x3") else 4, "num_stages": 3}
 
 
 def product(s: Site, g: Geometry, pairs: Sequence[tuple[View | None, View | None]], bias: View | None, y: View, reverse: bool) -> None:
