@@ -52,7 +52,7 @@ class MAML(Trained):
     step_loss_weights   multi-step loss (MAML++): one weight per inner step, or one more in front for the loss before it
     batchnorm           "batch" (the default: statistics of each batch, query included) | "support" | "running" | "joint" (of support and query rows together,
                         for a body that is not adapted: learn2learn's ANIL; ``adapt`` has no query, and takes the support rows')
-    parameterisation    "full" | "anil" | "boil" | "head_only" | an object of ``fastmaml.parameterisation``: see ``fastmaml.methods``
+    parameterisation    "full" | "anil" | "boil" | "head_only" | an object of ``fastmaml.parameterisation`` (see ``fastmaml.methods``) | a list of these
     precision           "high" (on `triton`: HVP passes in TF32, with stored masks) | "highest" (float32 throughout) | "medium" (HVP passes in bfloat16, other
                         products in three of bfloat16); the other executors have one, float32
     memory              "constant" (of one inner step alone up to 8 MB of activations per task in flight are kept) | "fast" (keeps those of all steps)

@@ -36,7 +36,8 @@ class RewrittenLoop(PlainLoop):
             one, values = self.batch.select([t]), self.maml.rates.tensors(self.steps)
             rates = {name: values[rate.name] for name, rate in self.maml.rates.rates.items()}
             tasks = Tasks(one, self.parameters, rates, [self.seeds[t]], lambda i, weight: inputs_of(runner, self.parameters, one, i, weight))
-            made = {name: value[0] for name, value in self.maml.parameterisation.prologue(tasks).items()}
+            found = self.maml.parameterisation.prologue(tasks)
+            made = {name: found[name][0] for name in runner.own}
         theta = {**runner.leaf_values(None), **made}
         adapted = {name: theta[name] for name in self.maml.rates.rates}  # cloned: the inner gradient goes not through what the prologue made of them
         return {**theta, **{name: v.clone() if v.requires_grad else v.detach().requires_grad_() for name, v in adapted.items()}}

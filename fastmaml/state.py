@@ -43,12 +43,12 @@ class Trained(nn.Module):
 
     def parameter_groups(self, lr: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
         """For an outer optimizer, as ``torch.optim.Adam(maml.parameter_groups({"model": 1e-3, "scale_shift": 1e-4}))``: "model", the name of the
-        parameterisation (its own parameters), "inner_lr" (learned rates); of these, what there is.
+        parameterisation, or of each in a list (its own parameters), "inner_lr" (learned rates); of these, what there is.
 
         lr: outer rates by name of the group; others take the optimizer's. Raises ValueError for a name that is none."""
         own, rates = dict(self.parameterisation.trained()), dict(self.rates.learned())
         model = [p for name, p in self.named_parameters() if name not in own and name not in rates and p.requires_grad]
-        groups = {"model": model, self.parameterisation.name: list(own.values()), "inner_lr": list(rates.values())}
+        groups = {"model": model, **dict(self.parameterisation.groups()), "inner_lr": list(rates.values())}
         groups = {name: found for name, found in groups.items() if found}
         unknown = [name for name in lr or () if name not in groups]
         if unknown:

@@ -1,6 +1,6 @@
 """Meta-parameterisations: what the inner loop adapts, what is outer-learned, how the network's weights follow. Each is a rewrite of the Program.
 
-``MAML(model, parameterisation=...)`` takes an object of these classes, or a name where one needs no more: those of ``NAMES``.
+``MAML(model, parameterisation=...)`` takes an object of these classes, a name where one needs no more (those of ``NAMES``), or a list of both.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastmaml.parameterisation.base import Kind, Network, Parameterisation, Tasks
+from fastmaml.parameterisation.composed import Composed
 from fastmaml.parameterisation.heads import Head
 from fastmaml.parameterisation.layerwise import Layerwise
 from fastmaml.parameterisation.mixture import Mixture
@@ -26,6 +27,7 @@ NAMES: dict[str, Callable[[], Parameterisation]] = {
 __all__ = [
     "NAMES",
     "Basis",
+    "Composed",
     "Context",
     "Gated",
     "Head",
@@ -53,6 +55,8 @@ def made(given: object) -> Parameterisation:
         return given
     if isinstance(given, str) and given in NAMES:
         return NAMES[given]()
+    if isinstance(given, (list, tuple)):
+        return Composed([made(part) for part in given])
     classes = ", ".join(name for name in __all__ if name[0].isupper() and name in globals() and _is_family(globals()[name]))
     raise ValueError(
         f"parameterisation={given!r}: choose one of {', '.join(map(repr, NAMES))}, or an object of fastmaml.parameterisation ({classes}); "

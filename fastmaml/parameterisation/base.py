@@ -200,6 +200,10 @@ class Parameterisation(nn.Module):
         """Those that are outer-learned."""
         yield from ((full, p) for full, p in self.values().items() if isinstance(p, nn.Parameter))
 
+    def groups(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
+        """(name of a group for an outer optimizer, its parameters)"""
+        yield self.name, [p for _, p in self.trained()]
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it, under the leaves' names: what is learned, and constants that may have been drawn."""
         return {full: value for full, value in self.values().items() if self.kinds[full].home == "meta"}

@@ -48,6 +48,7 @@ class Rewriter:
             self._new(name, shape, kinds[name])
         self._read = {leaf.name for leaf in source.leaves}
         self._instead: dict[str, int] = {}
+        self._by: dict[str, str] = {}
         self._films: dict[int, list[tuple[int, int]]] = {}  # by the source's value
         self._constants: dict[str, Callable[[Tensor], Tensor]] = {}
         self._folded: dict[str, int] = {}
@@ -108,6 +109,8 @@ class Rewriter:
         """The network reads ``value`` where it read its parameter ``name``."""
         if self.shape(value) != self.shape(self._leaves[name]):
             raise ValueError(f"{name!r} has shape {list(self.shape(self._leaves[name]))}, what is put in its place {list(self.shape(value))}")
+        if self._by.setdefault(name, self.prefix) != self.prefix:
+            raise ValueError(f"{name!r} is rewritten by both {self._by[name]} and {self.prefix}: leave its layer out of one of them, by layers=")
         self._instead[name] = value
 
     def layer(self, weight: str) -> Op:

@@ -76,7 +76,8 @@ class TNet(Parameterisation):
             return rates
         if any(rate.per_step for rate in rates.values()):
             raise ValueError(f"inner_lr with one rate per step and parameterisation={self.signature}: give one rate per task, layer or element")
-        return {n: replace(rate, name=f"rate.{n}", shape=self._shapes[n], learned=True, home="task") for n, rate in rates.items()}
+        masked = {n: replace(rate, name=f"rate.{n}", shape=self._shapes[n], learned=True, home="task") for n, rate in rates.items() if n in self._shapes}
+        return {**rates, **masked}
 
     def prologue(self, tasks: Tasks) -> Mapping[str, Tensor]:
         masks: dict[str, Tensor] = {}
@@ -86,7 +87,7 @@ class TNet(Parameterisation):
                 logits = tasks.parameters[f"{self.name}.{key}"]
                 masks[key] = straight_through(logits, tasks.noise(key, lambda g, shape=logits.shape: logistic(shape, g)), self.temperature)
         out = {}
-        for name, shape in self._shapes.items():
+        for name, shape in ((n, shape) for n, shape in self._shapes.items() if n in tasks.rates):  # another of a list may have put it aside
             mask, rate = masks[self._logits(name)], tasks.rates[name]
             mask = mask.reshape(len(tasks), -1, *[1] * (len(shape) - 1)) if self.mask == "unit" else mask
             out[f"rate.{name}"] = (mask * rate).expand(len(tasks), *shape)
