@@ -18,7 +18,7 @@ SIZES = (1, 7, 8, 9, 40, 63, 64, 65, 130)
 PAIRS: list[tuple[Shape, Shape]] = [
     ((), ()), ((1,), (65,)), ((63,), (63,)), ((), (8, 9)), ((40, 7), (40, 1)), ((65, 1), (1, 17)), ((1, 9), (64, 9)),
     ((130, 40), (130, 40)), ((5, 1, 7), (8, 1)), ((9, 1, 3), (9, 4, 3)), ((1, 4, 1, 7), (3, 1, 5, 7)), ((2, 3, 4, 5), (1, 3, 1, 5)),
-    ((1, 1, 1, 8), (3, 4, 5, 1)), ((2, 1, 1, 1), (1, 3, 4, 9)),
+    ((1, 1, 1, 8), (3, 4, 5, 1)), ((2, 1, 1, 1), (1, 3, 4, 9)), ((9, 7, 1, 1), (9, 7, 3, 3)), ((65, 1, 1, 1), (65, 2, 1, 3)), ((3, 1, 33, 1), (3, 2, 33, 17)),
 ]  # fmt: skip
 tiers = pytest.mark.parametrize("tier", TIERS)
 
@@ -120,29 +120,36 @@ def test_long_sum(tier: str, terms: str) -> None:
         check(sum_case(mine, other, terms), tier)
 
 
-CHAIN = "expression.cpp: one chain of sums, {} times what rule (c) allows"
-
-
-@pytest.mark.xfail(strict=True, reason=CHAIN.format("about 2"))
 @tiers
-def test_sum_of_thousands(tier: str) -> None:
-    check(sum_case((1, 40), (5000, 40), "a"), tier)
+@TERMS
+def test_sum_of_thousands(tier: str, terms: str) -> None:
+    with Pool() as pool:
+        for mine, other in (((1, 40), (5000, 40)), ((40, 1), (40, 5000)), ((9, 1, 5, 1), (9, 30, 5, 30)), ((), (70, 70)), ((1, 1), (9, 700))):
+            check(sum_case(mine, other, terms), tier, pool)
 
 
 # ------------------------------------------------------------------------------------------------- matrices
-def matmul_case(m: int, n: int, k: int, transposed: int, terms: str) -> Case:
-    a_shape, b_shape = (k, m) if transposed & 1 else (m, k), (n, k) if transposed & 2 else (k, n)
+def matmul_case(m: int, n: int, k: int, transposed: int, terms: str, packed: bool = False) -> Case:
+    """``packed``: what has the columns of the weight lies as a convolution's."""
+    shapes = [(k, m) if transposed & 1 else (m, k), (n, k) if transposed & 2 else (k, n), (m, n)]
+    lies = [packed and bool(transposed & 2), packed, packed and not transposed & 2]
+    a, b, result = ((*shape, 1, 1) if conv else shape for shape, conv in zip(shapes, lies, strict=True))
 
     def formula(task, attrs, *factors: Tensor | None) -> Tensor:
-        a, b, c, d = (f.T if f is not None and transposed >> (i % 2) & 1 else f for i, f in enumerate(factors))
-        return total(None if a is None else a @ b, None if c is None else c @ d)
+        flat = [None if f is None else f.flatten(1) for f in factors]
+        a, b, c, d = (f.T if f is not None and transposed >> (i % 2) & 1 else f for i, f in enumerate(flat))
+        return total(None if a is None else a @ b, None if c is None else c @ d).reshape(result)
 
-    shapes = {"a": a_shape, "b": b_shape, "c": a_shape, "d": b_shape}
-    inputs = [array(shape, ord(name), name in terms) for name, shape in shapes.items()]
-    return Case("matmul_fwd", inputs, [out("vector", m, n)], 1, [m, n, k, transposed], formula=formula)
+    inputs = []
+    for name, shape in zip("abcd", (a, b, a, b), strict=True):
+        value = normal(*shape, seed=ord(name))
+        inputs.append(Operand("conv" if len(shape) == 4 else "vector", value) if name in terms else None)
+    made = out("conv" if len(result) == 4 else "vector", *result)
+    return Case("matmul_fwd", inputs, [made], 1, [m, n, k, transposed, int(packed)], formula=formula)
 
 
 MATRICES = list(zip(SIZES, SIZES[3:] + SIZES[:3], SIZES[5:] + SIZES[:5], strict=True)) + [(1, 1, 7), (3, 130, 5)]
+MATRICES += [(64, 144, 64), (70, 80, 97), (100, 15, 200), (100, 16, 95)]  # blocks and chains of every kind
 matrix = pytest.mark.parametrize("transposed", [0, 1, 2, 3], ids=["ab", "aTb", "abT", "aTbT"])
 
 
@@ -156,15 +163,24 @@ def test_matmul(tier: str, transposed: int, terms: str) -> None:
 
 
 @tiers
+@pytest.mark.parametrize("transposed", [0, 1, 2], ids=["ab", "aTb", "abT"])
+@pytest.mark.parametrize("terms", ["ab", "abcd", "cd"])
+def test_matmul_of_packed_weights(tier: str, transposed: int, terms: str) -> None:
+    with Pool() as pool:
+        for m, n, k in (*MATRICES, (64, 577, 64)):
+            check(matmul_case(m, n, k, transposed, terms, packed=True), tier, pool)
+
+
+@tiers
 @matrix
 def test_long_matmul(tier: str, transposed: int) -> None:
     check(matmul_case(5, 7, 784, transposed, "ab"), tier)
 
 
-@pytest.mark.xfail(strict=True, reason=CHAIN.format("2 to 4"))
 @tiers
-def test_matmul_of_thousands(tier: str) -> None:
-    check(matmul_case(5, 7, 20000, 0, "ab"), tier)
+@matrix
+def test_matmul_of_thousands(tier: str, transposed: int) -> None:
+    check(matmul_case(5, 7, 20000, transposed, "ab"), tier)
 
 
 @tiers
@@ -188,13 +204,24 @@ def test_slice(tier: str, shape: Shape, dim: int, start: int, stop: int) -> None
         assert torch.equal(check(made, tier)[0], made.reference(torch.float32)[0])
 
 
+def check_packing(tier: str, w: Tensor, kind: str, taps: int) -> None:
+    """The plain array may be the caller's: nothing behind it is read."""
+    plain, sizes = w.flatten(1), [w[0].numel(), len(w), taps]
+    packed = Case("pack_fwd", [Operand("plain", plain)], [out(kind, *w.shape)], 1, sizes)
+    unpacked = Case("unpack_fwd", [Operand(kind, w)], [out("vector", *plain.shape)], 1, sizes)
+    for parts in (1, 2, 7, 16):
+        assert torch.equal(packed.run(tier, None, parts)[0].reshape(w.shape), w), (w.shape, parts)
+        assert torch.equal(unpacked.run(tier, None, parts)[0], plain), (w.shape, parts)
+
+
 @tiers
 def test_pack_and_unpack(tier: str) -> None:
-    """The plain array may be the caller's: nothing behind it is read."""
     for inputs, outputs in itertools.product(SIZES, (*SIZES, 2, 200)):
-        w, made = normal(outputs, inputs), []
-        made.append(Case("pack_fwd", [Operand("plain", w)], [out("packed", outputs, inputs)], 1, [inputs, outputs]))
-        made.append(Case("unpack_fwd", [Operand("packed", w)], [out("vector", outputs, inputs)], 1, [inputs, outputs]))
-        for one in made:
-            for parts in (1, 2, 7, 16):
-                assert torch.equal(one.run(tier, None, parts)[0], w), (one.kernel, inputs, outputs, parts)
+        check_packing(tier, normal(outputs, inputs), "packed", 0)
+
+
+@tiers
+@pytest.mark.parametrize("taps", [(1, 1), (3, 3), (2, 5)])
+def test_pack_and_unpack_of_convolutions(tier: str, taps: Shape) -> None:
+    for inputs, outputs in itertools.product((1, 3, 8, 17, 64), (1, 5, 16, 63, 65, 130)):
+        check_packing(tier, normal(outputs, inputs, *taps), "conv", math.prod(taps))

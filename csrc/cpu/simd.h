@@ -44,6 +44,17 @@ static inline vec load_part(const float* p, int64_t n) {
     return vec{n > 0 ? p[0] : 0.f, n > 1 ? p[1] : 0.f, n > 2 ? p[2] : 0.f, 0.f};
 #endif
 }
+static inline void store_part(float* p, vec v, int64_t n) {
+    if (n >= VL) return store(p, v);
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(n > 0 ? (1u << n) - 1 : 0), (__m512)v);
+#elif defined(__AVX2__)
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    _mm256_maskstore_ps(p, (__m256i)(lane < isplat(static_cast<int32_t>(n))), (__m256)v);
+#else
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
 // Masks are bytes 0/1 in memory and lanes 0/-1 in registers. (The generic conversion becomes one insert per element.)
 static inline ivec load_mask(const uint8_t* p) {
 #if defined(__AVX512F__)

@@ -20,8 +20,8 @@ MAX_NORM_CHANNELS = 8192  # kMaxNormChannels in csrc/cpu/kernels/rownorm.h
 
 @dataclass(frozen=True)
 class Native:
-    """One native call. ``packed``: operands that must be packed weights; ``plain``: that must not; ``unpadded``: row operands that may lie as the
-    caller has them; ``pixels``: of an image, each of which is a row to the kernel."""
+    """One native call. ``packed``: operands that must be packed weights; ``plain``: that must not, but for ``columns``, which may all be packed alike;
+    ``unpadded``: row operands that may lie as the caller has them; ``pixels``: of an image, each of which is a row to the kernel."""
 
     kernel: str
     operands: tuple[Operand, ...]
@@ -29,6 +29,7 @@ class Native:
     numbers: tuple[float, ...] = ()
     packed: tuple[int, ...] = ()
     plain: bool = False
+    columns: tuple[int, ...] = ()
     unpadded: tuple[int, ...] = ()
     pixels: int = 1
 
@@ -382,17 +383,19 @@ def _expression(instr: Instruction, buffers: Buffers, extent: str | None) -> Nat
 
 
 def _matmul(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    """``columns``: what has those of the product."""
     mode, z = instr.kernel.removeprefix("matmul_"), instr.outputs[0]
     x, y, *rest = instr.inputs
     (m, k), n = buffers[x.buffer].shape, buffers[y.buffer].shape[1]
+    right, both = (1, 3, 4), (0, 1, 2, 3)
     if mode == "fwd":
-        return Native("matmul_fwd", (x, y, None, None, z), (m, n, k, 0), plain=True)
+        return Native("matmul_fwd", (x, y, None, None, z), (m, n, k, 0), plain=True, columns=right)
     if mode == "jvp":
-        return Native("matmul_fwd", (rest[0], y, x, rest[1], z), (m, n, k, 0), plain=True)
+        return Native("matmul_fwd", (rest[0], y, x, rest[1], z), (m, n, k, 0), plain=True, columns=right)
     dz, other_t, dzt = (rest[0], None, rest[0]) if mode == "bwd" else rest
     if instr.attrs["operand"] == 0:
-        return Native("matmul_fwd", (dzt, y, dz if other_t else None, other_t, z), (m, k, n, 2), plain=True)
-    return Native("matmul_fwd", (x, dzt, other_t, dz if other_t else None, z), (k, n, m, 1), plain=True)
+        return Native("matmul_fwd", (dzt, y, dz if other_t else None, other_t, z), (m, k, n, 2), plain=True, columns=both)
+    return Native("matmul_fwd", (x, dzt, other_t, dz if other_t else None, z), (k, n, m, 1), plain=True, columns=right)
 
 
 def _transpose(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
@@ -418,7 +421,7 @@ def _reshape(instr: Instruction, buffers: Buffers, extent: str | None) -> Native
     """Rows keep their memory; the lowering makes them aliases where it may, this copies."""
     x, y = instr.inputs[0], instr.outputs[0]
     if not buffers[y.buffer].rows:
-        return Native("copy_fwd", (x, y), (_width(y, buffers),), plain=True)
+        return Native("copy_fwd", (x, y), (_width(y, buffers),))
     a, b = buffers[x.buffer].shape, buffers[y.buffer].shape
     if is_flat(a) and is_flat(b):
         return Native("copy_rows_fwd", (x, y), (_width(y, buffers),), unpadded=(0, 1))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastmaml.executors.cpu_fusion import DEEP, Fusion, Step
-from fastmaml.executors.cpu_kernels import LANE, PLANES, Native, is_flat, is_image, native, same_layout, windows
+from fastmaml.executors.cpu_kernels import LANE, PLANES, Native, is_flat, is_image, native, windows
+from fastmaml.executors.cpu_layouts import packed_weights, views
 from fastmaml.plan.instructions import Buffer, Group, Instruction, Phase, Plan, Ref
 from fastmaml.plan.memory import arena_layout
 
@@ -44,10 +45,11 @@ class Lowering:
     def __init__(self, plan: Plan, capacity: Mapping[str, int], kernel_ids: Mapping[str, int], block_rows: int | None = None) -> None:
         self.plan, self.capacity, self.kernel_ids, self.block_rows = plan, dict(capacity), kernel_ids, block_rows
         self.buffers: dict[str, Buffer] = dict(plan.buffers)
-        self.alias: dict[str, str] = {}
+        self.alias: dict[str, Ref] = {}
         self.windows = windows(plan)
         self._aliases()
-        self._layouts()
+        self.packed = packed_weights(plan, self.buffers, self._plain_result)
+        self.alias |= views(plan, self.packed)
         self.phases = [self._phase(phase) for phase in plan.schedule]
         self._import_task_leaves()
         fusion = Fusion(plan, self.buffers, lambda rows, steps: bool(self._block(rows, steps)) or (rows is not None and self.capacity[rows] > DEEP))
@@ -58,10 +60,14 @@ class Lowering:
         self.words = self._words()
 
     # ------------------------------------------------------------------------------------------------- names and layouts
+    def _own(self, ref: Ref) -> Ref:
+        """The same memory under the name that owns it."""
+        while ref.buffer in self.alias:
+            ref = replace(self.alias[ref.buffer], shift=self.alias[ref.buffer].shift + ref.shift)
+        return ref
+
     def _name(self, name: str) -> str:
-        while name in self.alias:
-            name = self.alias[name]
-        return name
+        return self._own(Ref(name)).buffer
 
     def _aliases(self) -> None:
         """Reshaped rows are the same memory, unless somebody writes them a second time."""
@@ -81,39 +87,11 @@ class Lowering:
             source = self.buffers[self._name(x.name)]
             callers = self._outside(source) or source.kind == PLANES
             if x.rows and once and x.steps == y.steps and y.name not in self.plan.results and (callers or x.shape == y.shape or (is_flat(x.shape) and is_flat(y.shape))):
-                self.alias[y.name] = x.name
+                self.alias[y.name] = Ref(x.name)
                 if callers and is_image(y):
                     self.buffers[y.name] = replace(y, kind=PLANES)
                 if x.home == "block" or (x.home == "scratch" and y.home == "run"):  # lives as long as its longest-lived name
                     self.buffers[x.name] = replace(x, home=y.home)
-
-    def _layouts(self) -> None:
-        """Packed: every array that is, or is elementwise with, the weight of a linear or conv2d layer."""
-        parent: dict[str, str] = {}
-
-        def find(name: str) -> str:
-            while parent.setdefault(name, name) != name:
-                name = parent[name]
-            return name
-
-        def join(names: Iterable[str]) -> None:
-            names = [n for n in names if self.buffers[n].rows is None and not self._plain_result(n)]
-            for name in names[1:]:
-                parent[find(name)] = find(names[0])
-
-        weights: set[str] = set()
-        for _, instr in self.plan.instructions():
-            join(ref.buffer for ref in same_layout(instr, self.buffers) if ref)
-            if instr.kernel.startswith(("linear_", "conv2d_")):
-                call = native(instr, self.buffers, None)
-                weights.update(call.operands[i].buffer for i in call.packed if call.operands[i])
-        for buffer in self.buffers.values():
-            if buffer.first:
-                join([buffer.name, buffer.first])
-        for reduction in self.plan.reductions:
-            join([reduction.source.buffer, reduction.target])
-        roots = {find(name) for name in weights}
-        self.packed = {n for n, b in self.buffers.items() if len(b.shape) in (2, 4) and not b.rows and find(n) in roots}
 
     def _plain_result(self, name: str) -> bool:
         """Results of a task leave in the model's own layout."""
@@ -129,7 +107,7 @@ class Lowering:
 
     def _group(self, group: Group, home: str) -> Iterable[Step]:
         for instr in group.instructions:
-            if instr.kernel.startswith("reshape_") and self._name(instr.outputs[0].buffer) == self._name(instr.inputs[0].buffer):
+            if instr.kernel.startswith("reshape_") and self._own(instr.outputs[0]) == self._own(instr.inputs[0]):
                 continue
             yield from self._convert(instr, group.rows, home)
 
@@ -140,7 +118,7 @@ class Lowering:
 
     def _convert(self, instr: Instruction, rows: str | None, home: str) -> Iterable[Step]:
         """The native call, with packing, unpacking and padding around it where an operand lies in another form than the kernel reads."""
-        call = native(instr, self.buffers, rows)
+        call = self._by_columns(native(instr, self.buffers, rows))
         before, after, operands = [], [], list(call.operands)
         outputs = {id(ref) for ref in instr.outputs if ref is not None}
         for i, ref in enumerate(operands):
@@ -158,25 +136,31 @@ class Lowering:
                 copy = Native("copy_rows_fwd", (temporary, ref) if is_output else (ref, temporary), (buffer.numel,))
                 (after if is_output else before).append(Step(self._sized(copy), rows))
                 operands[i] = temporary
-            elif call.plain and ref.buffer in self.packed:
-                temporary = self._temporary("plain", buffer, home)
-                shape = _matrix(buffer)
+            elif call.plain and ref.buffer in self.packed and i not in call.packed:
+                temporary, shape = self._temporary("plain", buffer, home), self.packed[ref.buffer]
                 convert = Native("pack_fwd", (temporary, ref), shape) if is_output else Native("unpack_fwd", (ref, temporary), shape)
                 (after if is_output else before).append(Step(convert, None))
                 operands[i] = temporary
         call = replace(call, operands=tuple(operands))
-        if call.kernel == "copy_fwd":
-            call = self._copy(call)
         yield from before
-        yield Step(self._sized(call), rows)
+        for one in self._copies(call, home) if call.kernel == "copy_fwd" else (call,):
+            yield Step(self._sized(one), rows)
         yield from after
 
-    def _copy(self, call: Native) -> Native:
-        """A copy between a packed and a plain array is a conversion."""
+    def _by_columns(self, call: Native) -> Native:
+        """A product of matrices of which a convolution's weight is made, as they lie."""
+        lies = [len(self.packed.get(call.operands[i].buffer, ())) == 3 for i in call.columns if call.operands[i]]
+        return replace(call, sizes=(*call.sizes, 1), packed=call.columns) if lies and all(lies) else call
+
+    def _copies(self, call: Native, home: str) -> Iterable[Native]:
+        """A copy between arrays that lie in different ways (a reshape may make one) is a conversion."""
         x, y = call.operands
-        if (x.buffer in self.packed) == (y.buffer in self.packed):
-            return call
-        return Native("unpack_fwd" if x.buffer in self.packed else "pack_fwd", (x, y), _matrix(self.buffers[x.buffer]))
+        source, target = (self.packed.get(ref.buffer) for ref in (x, y))
+        if source == target:
+            return [call]
+        plain = self._temporary("plain", self.buffers[x.buffer], home) if source and target else x if target else y
+        unpack, pack = Native("unpack_fwd", (x, plain), source), Native("pack_fwd", (plain, y), target)
+        return [unpack] * (source is not None) + [pack] * (target is not None)
 
     def _sized(self, call: Native) -> Native:
         """Elementwise kernels walk the stored floats (packed arrays have padding of their own); row copies say what is padded."""
@@ -210,8 +194,8 @@ class Lowering:
                 own = f"{name}.own"
                 self.buffers[own] = replace(buffer, name=own, home="run")
                 if name in self.packed:
-                    self.packed.add(own)
-                    steps.append(Step(Native("pack_fwd", (Ref(name), Ref(own)), _matrix(buffer)), None))
+                    self.packed[own] = self.packed[name]
+                    steps.append(Step(Native("pack_fwd", (Ref(name), Ref(own)), self.packed[name]), None))
                 else:
                     flags = (1, 0)
                     steps.append(Step(Native("copy_rows_fwd", (Ref(name), Ref(own)), (buffer.numel, *flags)), None))
@@ -244,7 +228,7 @@ class Lowering:
     def _floats(self, buffer: Buffer) -> int:
         """Elements of a row, or of the whole array without rows, with their padding."""
         if buffer.name in self.packed:
-            inputs, outputs, taps = (*_matrix(buffer), 0)[:3]
+            inputs, outputs, taps = (*self.packed[buffer.name], 0)[:3]
             return outputs * pad(inputs) if outputs <= NARROW and not taps else inputs * pad(outputs)
         if is_image(buffer) and buffer.kind != PLANES:
             c, h, w = buffer.shape
@@ -336,7 +320,8 @@ class Lowering:
     def _operand(self, ref: Ref | None) -> list[int]:
         if ref is None:
             return [0]
-        buffer = self.buffers[self._name(ref.buffer)]
+        ref = self._own(ref)
+        buffer = self.buffers[ref.buffer]
         home, task_buffer, offset = self.at[buffer.name]
         if buffer.home == "task" and buffer.first:
             offset = -self._step_stride(buffer)
@@ -409,7 +394,7 @@ class Lowering:
 
     def _port(self, buffer: Buffer) -> list[int]:
         packed = buffer.name in self.packed
-        cols, rows, taps = (*_matrix(buffer), 0)[:3] if packed else (buffer.numel, 1, 0)
+        cols, rows, taps = (*self.packed[buffer.name], 0)[:3] if packed else (buffer.numel, 1, 0)
         return [self.at[buffer.name][2], int(packed), rows, cols, taps, self._slots(buffer), self._step_stride(buffer)]
 
     def _weighted(self) -> list[int]:
@@ -451,14 +436,6 @@ class Lowering:
             words += self._operand(ref)
         numbers = [struct.unpack("<i", struct.pack("<f", n))[0] for n in call.numbers]
         return [*words, len(call.sizes), *call.sizes, len(numbers), *numbers]
-
-
-def _matrix(buffer: Buffer) -> tuple[int, ...]:
-    """Sizes of a packed weight for pack_fwd and unpack_fwd: (in, out), of a convolution (taps * channels, out, taps)."""
-    if len(buffer.shape) == 2:
-        return buffer.shape[1], buffer.shape[0]
-    outputs, inputs, h, w = buffer.shape
-    return inputs * h * w, outputs, h * w
 
 
 def rows_capacity(support: int, query: int) -> dict[str, int]:

@@ -155,14 +155,28 @@ class Rewriter:
     def _now(self, name: str) -> int:
         return self._folded.get(name, self._instead.get(name, self._leaves[name]))
 
+    def _takes_films(self, op: Op, x: int) -> bool:
+        """Whether scales and shifts go into the affine of the normalisation that they follow, which saves passes over the samples. Not where the
+        normalisation runs before the inner loop: it would become a part of it."""
+        moving = {leaf.value for leaf in self.builder.leaves if leaf.role == "adapted" or leaf.per_step}
+        for made in self.builder.ops:
+            if moving & set(made.inputs):
+                moving.add(made.output)
+        return op.name in ("batchnorm", "groupnorm") and None not in op.inputs[1:3] and x in moving
+
     # ------------------------------------------------------------------------------------------------- out
     def finish(self) -> Rewritten:
         source, b = self.source, self.builder
         of = {source.input: b.input}
         of |= {leaf.value: self._instead.get(leaf.name, self._leaves[leaf.name]) for leaf in source.leaves}
         for op in source.ops:
-            out = b.op(op.name, *(None if v is None else of[v] for v in op.inputs), **op.attrs)
-            for gamma, beta in self._films.get(op.output, ()):
+            inputs, films = [None if v is None else of[v] for v in op.inputs], self._films.get(op.output, ())
+            if films and self._takes_films(op, inputs[0]):
+                for gamma, beta in films:
+                    inputs[1:3] = self.mul(inputs[1], gamma), self.add(self.mul(inputs[2], gamma), beta)
+                films = ()
+            out = b.op(op.name, *inputs, **op.attrs)
+            for gamma, beta in films:
                 (c,) = self.shape(gamma)
                 zeros = self.constant(f"zeros.{c}", lambda like, c=c: like.new_zeros(c), (c,))
                 ones = self.constant(f"ones.{c}", lambda like, c=c: like.new_ones(c), (c,))

@@ -1,36 +1,18 @@
-// Weight expressions: small plain arrays of up to four axes, evaluated once per meta-iteration or once per step. Simple
-// loops; part 0 does all.
-#include "../simd.h"
+// Weight expressions: plain arrays of up to four axes, evaluated once per meta-iteration or once per step. Neighbouring
+// axes are merged (axes.h), products run in the register tiles of the layers (matrix_product.h). A team shares what is
+// written.
+#include "axes.h"
+#include "matrix_product.h"
 
 namespace fastmaml {
 namespace FASTMAML_ISA {
 
-struct Strides {
-    int64_t at[4];
-};
+static constexpr int64_t kChain = 64;  // terms of a sum that are added up on their own
+static constexpr int64_t kNoAxes = 15;
+static constexpr float kZero = 0.f;
 
-// Strides of a contiguous operand of the full shape z, with extent 1 on the axes whose bit is set.
-static Strides strides_of(const int64_t* z, int64_t broadcast) {
-    Strides s;
-    int64_t step = 1;
-    for (int a = 3; a >= 0; --a) {
-        const bool one = broadcast >> a & 1;
-        s.at[a] = one ? 0 : step;
-        step *= one ? 1 : z[a];
-    }
-    return s;
-}
-
-template <class F>
-static inline void each_index(const int64_t* z, F f) {
-    for (int64_t i = 0; i < z[0]; ++i)
-        for (int64_t j = 0; j < z[1]; ++j)
-            for (int64_t k = 0; k < z[2]; ++k)
-                for (int64_t l = 0; l < z[3]; ++l) f(i, j, k, l);
-}
-
-static inline int64_t at(const Strides& s, int64_t i, int64_t j, int64_t k, int64_t l) {
-    return i * s.at[0] + j * s.at[1] + k * s.at[2] + l * s.at[3];
+static void clear_padding(const Call& c, float* out, int64_t n) {
+    if (c.part == 0) clear_run(out + n, pad_lane(n) - n);
 }
 
 static int64_t count(const int64_t* z, int64_t broadcast) {
@@ -39,153 +21,195 @@ static int64_t count(const int64_t* z, int64_t broadcast) {
     return n;
 }
 
-static void clear_padding(float* out, int64_t n) {
-    for (int64_t i = n; i < pad_lane(n); ++i) out[i] = 0.f;
-}
-
 void add_expr_fwd(const Call& c) {
-    if (c.part) return;
-    const Strides sx = strides_of(c.sizes, c.sizes[4]), sy = strides_of(c.sizes, c.sizes[5]),
-                  sz = strides_of(c.sizes, 0);
-    const float *x = c.f(0), *y = c.f(1);
+    const float *x = c.f(0) ? c.f(0) : &kZero, *y = c.f(1) ? c.f(1) : &kZero;
     float* z = c.f(2);
-    each_index(c.sizes, [&](int64_t i, int64_t j, int64_t k, int64_t l) {
-        z[at(sz, i, j, k, l)] = (x ? x[at(sx, i, j, k, l)] : 0.f) + (y ? y[at(sy, i, j, k, l)] : 0.f);
+    const Axes axes(c.sizes, c.f(0) ? c.sizes[4] : kNoAxes, c.f(1) ? c.sizes[5] : kNoAxes);
+    const bool x_moves = axes.axis[0].x, y_moves = axes.axis[0].y;
+    each_run(c, axes, [=](int64_t at_x, int64_t at_y, int64_t at, int64_t n) {
+        for (int64_t j = 0; j < n; j += VL)
+            store_part(z + at + j, load_run(x + at_x, x_moves, j, n) + load_run(y + at_y, y_moves, j, n), n - j);
     });
-    clear_padding(z, count(c.sizes, 0));
+    clear_padding(c, z, count(c.sizes, 0));
 }
 
-static void multiply(const Call& c, const float* x, const float* y, const float* xt, const float* yt, float* z) {
-    const Strides sx = strides_of(c.sizes, c.sizes[4]), sy = strides_of(c.sizes, c.sizes[5]),
-                  sz = strides_of(c.sizes, 0);
-    each_index(c.sizes, [&](int64_t i, int64_t j, int64_t k, int64_t l) {
-        const int64_t ax = at(sx, i, j, k, l), ay = at(sy, i, j, k, l);
-        z[at(sz, i, j, k, l)] = (xt ? xt[ax] * y[ay] : 0.f) + (yt ? x[ax] * yt[ay] : 0.f);
+struct Term {
+    const float *x, *y;  // y null: 1
+};
+
+// A term more of a sum of products, of elements j.. of a run
+static inline vec add_product(vec sum, const Term& f, int64_t at_x, bool x_moves, int64_t at_y, bool y_moves, int64_t j,
+                              int64_t n) {
+    const vec x = load_run(f.x + at_x, x_moves, j, n);
+    return f.y ? fma(x, load_run(f.y + at_y, y_moves, j, n), sum) : sum + x;
+}
+
+// z = sum of x y
+static void multiply(const Call& c, const Axes& axes, const Term* term, int terms, float* z) {
+    const bool x_moves = axes.axis[0].x, y_moves = axes.axis[0].y;
+    each_run(c, axes, [=](int64_t at_x, int64_t at_y, int64_t at, int64_t n) {
+        for (int64_t j = 0; j < n; j += VL) {
+            vec sum{};
+            for (int t = 0; t < terms; ++t) sum = add_product(sum, term[t], at_x, x_moves, at_y, y_moves, j, n);
+            store_part(z + at + j, sum, n - j);
+        }
     });
-    clear_padding(z, count(c.sizes, 0));
+}
+
+static void multiply(const Call& c, const Term* term, int terms, float* z) {
+    multiply(c, Axes(c.sizes, c.sizes[4], c.sizes[5]), term, terms, z);
+    clear_padding(c, z, count(c.sizes, 0));
 }
 
 void mul_expr_fwd(const Call& c) {
-    if (!c.part) multiply(c, c.f(0), c.f(1), c.f(0), nullptr, c.f(2));
+    const Term term = {c.f(0), c.f(1)};
+    multiply(c, &term, 1, c.f(2));
 }
 
 void mul_expr_jvp(const Call& c) {
-    if (!c.part) multiply(c, c.f(0), c.f(1), c.f(2), c.f(3), c.f(4));
+    Term found[2];
+    int terms = 0;
+    if (c.f(2)) found[terms++] = {c.f(2), c.f(1)};
+    if (c.f(3)) found[terms++] = {c.f(0), c.f(3)};
+    multiply(c, found, terms, c.f(4));
 }
 
-void sum_expr(const Call& c) {
-    if (c.part) return;
-    const Strides full = strides_of(c.sizes, 0), so = strides_of(c.sizes, c.sizes[4]),
-                  sb = strides_of(c.sizes, c.sizes[5]);
-    const float *a = c.f(0), *b = c.f(1), *d = c.f(2), *e = c.f(3);
-    float* out = c.f(4);
-    const int64_t n = count(c.sizes, c.sizes[4]);
-    for (int64_t i = 0; i < pad_lane(n); ++i) out[i] = 0.f;
-    each_index(c.sizes, [&](int64_t i, int64_t j, int64_t k, int64_t l) {
-        const int64_t f = at(full, i, j, k, l), o = at(sb, i, j, k, l);
-        out[at(so, i, j, k, l)] += (a ? a[f] * (b ? b[o] : 1.f) : 0.f) + (d ? d[f] * (e ? e[o] : 1.f) : 0.f);
-    });
-}
+// The axes of a sum. x of a walk: in the whole array; y: in the other factor.
+struct SumAxes {
+    Axis inner;
+    bool inner_summed;
+    Walk kept, summed;  // without the inner one; the first summed one is `chain`
+    Axis chain = {1, 0, 0};
 
-// y += v x
-static void add_row(float v, const float* x, float* y, int64_t n) {
-    int64_t j = 0;
-    for (; j + VL <= n; j += VL) store(y + j, fma(splat(v), load(x + j), load(y + j)));
-    for (; j < n; ++j) y[j] += v * x[j];
-}
+    explicit SumAxes(const int64_t* sizes) {
+        const Axes axes(sizes, sizes[4], sizes[5]);
+        int64_t step = 1;
+        for (int i = 0; i < 4; ++i) {
+            const Axis& a = axes.axis[i];
+            const Axis in_whole = {a.extent, step, a.y};
+            const bool sums = a.extent != 1 && !a.x;
+            if (i == 0)
+                inner = in_whole, inner_summed = sums;
+            else if (!sums)
+                kept.along(in_whole);
+            else if (chain.extent == 1)
+                chain = in_whole;
+            else
+                summed.along(in_whole);
+            step *= a.extent;
+        }
+    }
+};
 
-static float dot(const float* x, const float* y, int64_t n) {
-    vec lanes{};
-    int64_t j = 0;
-    for (; j + VL <= n; j += VL) lanes = fma(load(x + j), load(y + j), lanes);
-    float total = sum_lanes(lanes);
-    for (; j < n; ++j) total += x[j] * y[j];
+// Elements j.. of the inner run, summed over the other axes, from these offsets on
+static inline vec sum_of_runs(SumAxes& s, const Term* term, int terms, int64_t whole, int64_t other, int64_t j,
+                              int64_t n) {
+    const bool moves = s.inner.y;
+    vec total{};
+    s.summed.go(0);
+    for (int64_t u = 0; u < s.summed.count; ++u, s.summed.next()) {
+        const int64_t x = whole + s.summed.x, y = other + s.summed.y;
+        for (int64_t i = 0; i < s.chain.extent; i += kChain) {
+            const int64_t end = s.chain.extent - i < kChain ? s.chain.extent : i + kChain;
+            vec chain{};
+            for (int64_t q = i; q < end; ++q)
+                for (int t = 0; t < terms; ++t)
+                    chain = add_product(chain, term[t], x + q * s.chain.x, true, y + q * s.chain.y, moves, j, n);
+            total += chain;
+        }
+    }
     return total;
 }
 
-// Whichever way the operands lie, the inner loop walks what is contiguous; with both transposed nothing is.
-static void add_product(const Call& c, const float* a, const float* b, float* out) {
-    const int64_t m = c.sizes[0], n = c.sizes[1], k = c.sizes[2], bits = c.sizes[3];
-    const int64_t am = bits & 1 ? 1 : k, ak = bits & 1 ? m : 1;
-    for (int64_t i = 0; i < m; ++i) {
-        float* row = out + i * n;
-        if (bits & 2)
-            for (int64_t j = 0; j < n; ++j) {
-                if (ak == 1) row[j] += dot(a + i * am, b + j * k, k);
-                for (int64_t q = 0; ak != 1 && q < k; ++q) row[j] += a[i * am + q * ak] * b[j * k + q];
-            }
+// The inner run and all other summed axes, to one number
+static inline float sum_of_all(SumAxes& s, const Term* term, int terms, int64_t whole, int64_t other) {
+    const int64_t n = s.inner.extent;
+    vec total{};
+    for (int64_t i = 0; i < n; i += kChain * VL) {
+        const int64_t end = n - i < kChain * VL ? n : i + kChain * VL;
+        vec chain{};
+        for (int64_t j = i; j < end; j += VL) chain += sum_of_runs(s, term, terms, whole, other, j, n);
+        total += chain;
+    }
+    return sum_lanes(total);
+}
+
+void sum_expr(const Call& c) {
+    Term found[2];
+    int terms = 0;
+    if (c.f(0)) found[terms++] = {c.f(0), c.f(1)};
+    if (c.f(2)) found[terms++] = {c.f(2), c.f(3)};
+    float* out = c.f(4);
+    const int64_t numbers = count(c.sizes, c.sizes[4]);
+    clear_padding(c, out, numbers);
+    if (numbers == count(c.sizes, 0)) return multiply(c, Axes(c.sizes, 0, c.sizes[5]), found, terms, out);
+    SumAxes s(c.sizes);
+    const int64_t n = s.inner_summed ? 1 : s.inner.extent, vectors = (n + VL - 1) / VL;
+    const Share mine = share(s.kept.count * vectors, c);
+    int64_t run = mine.begin / vectors, v = mine.begin % vectors;
+    s.kept.go(run);
+    for (int64_t u = mine.begin; u < mine.end; ++u) {
+        if (s.inner_summed)
+            out[run] = sum_of_all(s, found, terms, s.kept.x, s.kept.y);
         else
-            for (int64_t q = 0; q < k; ++q) add_row(a[i * am + q * ak], b + q * n, row, n);
+            store_part(out + run * n + v * VL, sum_of_runs(s, found, terms, s.kept.x, s.kept.y, v * VL, n), n - v * VL);
+        if (++v == vectors) v = 0, ++run, s.kept.next();
     }
 }
 
+// The vectors run over the columns of the result; over its rows where it is packed, or has few columns.
 void matmul_fwd(const Call& c) {
-    if (c.part) return;
-    float* out = c.f(4);
-    for (int64_t i = 0; i < pad_lane(c.sizes[0] * c.sizes[1]); ++i) out[i] = 0.f;
-    if (c.f(0) && c.f(1)) add_product(c, c.f(0), c.f(1), out);
-    if (c.f(2) && c.f(3)) add_product(c, c.f(2), c.f(3), out);
+    const int64_t m = c.sizes[0], n = c.sizes[1], k = c.sizes[2], bits = c.sizes[3];
+    const bool packed = c.sizes[4] != 0, packed_out = packed && !(bits & 2), packed_a = packed && !packed_out;
+    Factors f = {{}, {}, 0, m, n, k, (bits & 1) != packed_a, (bits & 2) != 2 * packed};
+    for (int i = 0; i < 4; i += 2) {
+        if (!c.f(i) || !c.f(i + 1)) continue;
+        f.a[f.pairs] = f.a_turned ? Matrix{c.f(i), k, m, packed_a} : Matrix{c.f(i), m, k, packed_a};
+        f.b[f.pairs++] = f.b_turned ? Matrix{c.f(i + 1), n, k, packed} : Matrix{c.f(i + 1), k, n, packed};
+    }
+    if (packed_out) return matrix_product(c, f.turned(), {c.f(4), n, m, true}, false);
+    if (n == 1)
+        matrix_product(c, f.turned(), {c.f(4), 1, m, false}, false);
+    else if (n < kLane && m > n)
+        matrix_product(c, f.turned(), {c.f(4), m, n, false}, true);
+    else
+        matrix_product(c, f, {c.f(4), m, n, false}, false);
+    clear_padding(c, c.f(4), m * n);
 }
 
 void transpose_fwd(const Call& c) {
-    if (c.part) return;
     const int64_t rows = c.sizes[0], cols = c.sizes[1];
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < cols; ++j) c.f(1)[j * rows + i] = c.f(0)[i * cols + j];
-    clear_padding(c.f(1), rows * cols);
+    const Share s = share(cols, c);
+    transpose(c.f(0) + s.begin, cols, rows, s.end - s.begin, c.f(1) + s.begin * rows, rows);
+    clear_padding(c, c.f(1), rows * cols);
 }
 
 void slice_fwd(const Call& c) {
-    if (c.part) return;
     const int64_t outer = c.sizes[0], whole = c.sizes[1], start = c.sizes[2], length = c.sizes[3], inner = c.sizes[4];
-    for (int64_t o = 0; o < outer; ++o)
-        for (int64_t i = 0; i < length * inner; ++i)
-            c.f(1)[o * length * inner + i] = c.f(0)[(o * whole + start) * inner + i];
-    clear_padding(c.f(1), outer * length * inner);
+    const Share s = share(outer, c);
+    for (int64_t o = s.begin; o < s.end; ++o)
+        copy_run(c.f(0) + (o * whole + start) * inner, length * inner, c.f(1) + o * length * inner);
+    clear_padding(c, c.f(1), outer * length * inner);
 }
 
 void slice_bwd(const Call& c) {
-    if (c.part) return;
     const int64_t outer = c.sizes[0], whole = c.sizes[1], start = c.sizes[2], length = c.sizes[3], inner = c.sizes[4];
-    for (int64_t i = 0; i < pad_lane(outer * whole * inner); ++i) c.f(1)[i] = 0.f;
-    for (int64_t o = 0; o < outer; ++o)
-        for (int64_t i = 0; i < length * inner; ++i)
-            c.f(1)[(o * whole + start) * inner + i] = c.f(0)[o * length * inner + i];
+    const Share s = share(outer, c);
+    for (int64_t o = s.begin; o < s.end; ++o) {
+        float* to = c.f(1) + o * whole * inner;
+        clear_run(to, start * inner);
+        copy_run(c.f(0) + o * length * inner, length * inner, to + start * inner);
+        clear_run(to + (start + length) * inner, (whole - start - length) * inner);
+    }
+    clear_padding(c, c.f(1), outer * whole * inner);
 }
 
-// Plain [out, in] <-> packed, a share of the panels' input rows.
-void pack_fwd(const Call& c) {
-    const int64_t in = c.sizes[0], out = c.sizes[1], taps = c.sizes[2];
-    const float* w = c.f(0);
-    float* p = c.f(1);
-    const Share s = share(in, c);
-    const bool narrow = is_narrow(out, taps);
-    for (int64_t o = 0; narrow && o < out; ++o) {
-        float* row = p + packed_offset(o, in, out);
-        for (int64_t k = s.begin; k < s.end; ++k) row[k] = w[o * in + k];
-        if (c.part == 0) clear_padding(row, in);
-    }
-    for (int64_t o = 0; !narrow && o < out; o += kPanel) {
-        const int64_t width = packed_width(o / kPanel, out);
-        float* panel = p + o * in;
-        for (int64_t k = s.begin; k < s.end; ++k) {
-            const float* from = w + o * in + packed_input(k, in, taps);
-            for (int64_t j = 0; j < width; ++j) panel[k * width + j] = o + j < out ? from[j * in] : 0.f;
-        }
-    }
-}
+void pack_fwd(const Call& c) { pack(c, c.f(0), c.sizes[0], c.sizes[1], c.sizes[2], c.f(1)); }
 
 void unpack_fwd(const Call& c) {
-    const int64_t in = c.sizes[0], out = c.sizes[1], taps = c.sizes[2];
-    const float* p = c.f(0);
-    float* w = c.f(1);
-    const Share s = share(out, c);
-    for (int64_t o = s.begin; o < s.end; ++o) {
-        const float* from = p + packed_offset(o, in, out, taps);
-        const int64_t stride = packed_stride(o, out, taps);
-        for (int64_t k = 0; k < in; ++k) w[o * in + packed_input(k, in, taps)] = from[k * stride];
-    }
-    if (c.part == 0) clear_padding(w, in * out);
+    const int64_t in = c.sizes[0], out = c.sizes[1];
+    unpack(c, c.f(0), in, out, c.sizes[2], c.f(1));
+    clear_padding(c, c.f(1), in * out);
 }
 
 }  // namespace FASTMAML_ISA

@@ -153,7 +153,8 @@ using Kernel = void (*)(const Call&);
     K(mul_expr_fwd)          /* x, y, z */ \
     K(mul_expr_jvp)          /* x, y, xt?, yt?, zt:                xt y + x yt */ \
     K(sum_expr)              /* a, b?, c?, d?, out: out = sum over the broadcast axes (bits of sizes[4]) of a b + c d; b, d broadcast by sizes[5] */ \
-    K(matmul_fwd)            /* a, b, c?, d?, out; sizes {m, n, k, transpose bits a=1 b=2}: out = a b + c d */ \
+    K(matmul_fwd)            /* a, b, c?, d?, out; sizes {m, n, k, transpose bits a=1 b=2, packed}: out = a b + c d. packed (never a narrow one): \
+                                b, d and out lie so; a, b, c and d where b is transposed */ \
     K(transpose_fwd)         /* x, y; sizes {rows, cols} of x */ \
     K(slice_fwd)             /* x, y; sizes {outer, whole, start, length, inner} */ \
     K(slice_bwd)             /* dy, dx */ \
