@@ -20,7 +20,7 @@ MAX_NORM_CHANNELS = 8192  # kMaxNormChannels in csrc/cpu/kernels/rownorm.h
 
 @dataclass(frozen=True)
 class Native:
-    """One native call. ``packed``: operands that must be packed weights; ``plain``: that must not, but for ``columns``, which may all be packed alike;
+    """One native call. ``packed``: operands that must be packed weights; ``plain``: that must not, but for ``together``, which all may;
     ``unpadded``: row operands that may lie as the caller has them; ``pixels``: of an image, each of which is a row to the kernel."""
 
     kernel: str
@@ -29,7 +29,7 @@ class Native:
     numbers: tuple[float, ...] = ()
     packed: tuple[int, ...] = ()
     plain: bool = False
-    columns: tuple[int, ...] = ()
+    together: tuple[int, ...] = ()
     unpadded: tuple[int, ...] = ()
     pixels: int = 1
 
@@ -366,36 +366,37 @@ def _expression(instr: Instruction, buffers: Buffers, extent: str | None) -> Nat
     if op == "add":
         dz, dx = instr.inputs[0], instr.outputs[0]
         return Native("sum_expr", (dz, None, None, None, dx), (*_axes(shape(dz)), _bits(shape(dx), shape(dz)), 0), plain=True)
-    if mode in ("fwd", "jvp"):
-        x, y, z = instr.inputs[0], instr.inputs[1], instr.outputs[0]
-        sizes = (*_axes(shape(z)), _bits(shape(x), shape(z)), _bits(shape(y), shape(z)))
-        return Native(f"mul_expr_{mode}", (*instr.inputs, z), sizes, plain=True)
-    x, y, dz = instr.inputs[:3]
-    mine, other = (x, y) if instr.attrs["operand"] == 0 else (y, x)
+    x, y = instr.inputs[:2]
     whole = tuple(max(p, q) for p, q in zip(_axes(shape(x)), _axes(shape(y)), strict=True))
+    kernels = whole in (shape(x), shape(y)) and {shape(x), shape(y)} <= {whole, (*whole[:2], 1, 1)}  # a factor for each kernel of a convolution
+    together = (0, 1, 2, 3, 4) if kernels else ()
+    if mode in ("fwd", "jvp"):
+        sizes = (*whole, _bits(shape(x), whole), _bits(shape(y), whole))
+        return Native(f"mul_expr_{mode}", (*instr.inputs, *instr.outputs), sizes, plain=True, together=together[: len(instr.inputs) + 1])
+    mine, other = (x, y) if instr.attrs["operand"] == 0 else (y, x)
     sizes = (*whole, _bits(shape(mine), whole), _bits(shape(other), whole))
     if mode == "bwd":
-        return Native("sum_expr", (dz, other, None, None, instr.outputs[0]), sizes, plain=True)
-    other_t, dzt = instr.inputs[3:]
-    first = (dzt, other) if dzt else (None, None)
-    second = (dz, other_t) if other_t else (None, None)
-    return Native("sum_expr", (*first, *second, instr.outputs[0]), sizes, plain=True)
+        terms = (instr.inputs[2], other, None, None)
+    else:
+        dz, other_t, dzt = instr.inputs[2:]
+        terms = (*((dzt, other) if dzt else (None, None)), *((dz, other_t) if other_t else (None, None)))
+    return Native("sum_expr", (*terms, instr.outputs[0]), sizes, plain=True, together=together)
 
 
 def _matmul(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
-    """``columns``: what has those of the product."""
+    """``together``: what has the columns of the product."""
     mode, z = instr.kernel.removeprefix("matmul_"), instr.outputs[0]
     x, y, *rest = instr.inputs
     (m, k), n = buffers[x.buffer].shape, buffers[y.buffer].shape[1]
     right, both = (1, 3, 4), (0, 1, 2, 3)
     if mode == "fwd":
-        return Native("matmul_fwd", (x, y, None, None, z), (m, n, k, 0), plain=True, columns=right)
+        return Native("matmul_fwd", (x, y, None, None, z), (m, n, k, 0), plain=True, together=right)
     if mode == "jvp":
-        return Native("matmul_fwd", (rest[0], y, x, rest[1], z), (m, n, k, 0), plain=True, columns=right)
+        return Native("matmul_fwd", (rest[0], y, x, rest[1], z), (m, n, k, 0), plain=True, together=right)
     dz, other_t, dzt = (rest[0], None, rest[0]) if mode == "bwd" else rest
     if instr.attrs["operand"] == 0:
-        return Native("matmul_fwd", (dzt, y, dz if other_t else None, other_t, z), (m, k, n, 2), plain=True, columns=both)
-    return Native("matmul_fwd", (x, dzt, other_t, dz if other_t else None, z), (k, n, m, 1), plain=True, columns=right)
+        return Native("matmul_fwd", (dzt, y, dz if other_t else None, other_t, z), (m, k, n, 2), plain=True, together=both)
+    return Native("matmul_fwd", (x, dzt, other_t, dz if other_t else None, z), (k, n, m, 1), plain=True, together=right)
 
 
 def _transpose(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:

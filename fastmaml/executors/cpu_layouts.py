@@ -1,7 +1,7 @@
 """How the weights of a Plan lie: which are packed (csrc/include/fastmaml/plan.h), and which reshaped ones are the same memory under another name.
 
 Packed is every array that is, or is elementwise with, the weight of a linear or conv2d layer. Of a convolution's also the matrices [out, channels * taps] that
-they are made of: whatever multiplies these from the left mixes rows alone, so that their columns may stay in a packed weight's order.
+they are made of, for whatever multiplies these from the left mixes rows alone, and the factors [out, channels, 1, 1] of its kernels.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def is_reshaped_weight(instr: Instruction, buffers: Buffers) -> bool:
 
 def packed_weights(plan: Plan, buffers: Buffers, excluded: Callable[[str], bool]) -> dict[str, Matrix]:
     """Of each packed array how it lies. ``excluded``: names that are plain in any case."""
-    alike, columns, weights = Classes(), Classes(), set()
+    alike, columns, weights, kernels = Classes(), Classes(), set(), []
 
     def usable(refs: Iterable[Operand]) -> list[str]:
         return [ref.buffer for ref in refs if ref and buffers[ref.buffer].rows is None and not excluded(ref.buffer)]
@@ -58,31 +58,35 @@ def packed_weights(plan: Plan, buffers: Buffers, excluded: Callable[[str], bool]
     pairs += [[r.source, Ref(r.target)] for r in plan.reductions]
     for _, instr in plan.instructions():
         pairs.append(same_layout(instr, buffers))
-        if instr.kernel.startswith(("linear_", "conv2d_")):
-            call = native(instr, buffers, None)
-            weights.update(call.operands[i].buffer for i in call.packed if call.operands[i])
         if is_reshaped_weight(instr, buffers):
             columns.join(usable((*instr.inputs, *instr.outputs)))
-        if instr.kernel.startswith("matmul_"):
-            call = native(instr, buffers, None)
-            columns.join(usable(call.operands[i] for i in call.columns))
+        if not instr.kernel.startswith(("linear_", "conv2d_", "matmul_", "mul_")):
+            continue
+        call = native(instr, buffers, None)
+        weights.update(call.operands[i].buffer for i in call.packed if call.operands[i])
+        together = usable(call.operands[i] for i in call.together)
+        whole = max((buffers[name].numel for name in together), default=0)
+        columns.join(name for name in together if buffers[name].numel == whole or call.kernel == "matmul_fwd")
+        kernels += [(name, together) for name in together if call.kernel != "matmul_fwd"]
     for refs in pairs:
         alike.join(usable(refs))
         columns.join(usable(refs))
     layers: dict[str, set[Matrix]] = {}  # the layouts that the layers ask for
     for name in weights:
-        layers.setdefault(columns.of(name), set()).add((matrix(buffers[name])[0], *matrix(buffers[name])[2:]))
-    roots, out = {alike.of(name) for name in weights}, {}
-    for name, buffer in buffers.items():
-        if buffer.rows or len(buffer.shape) not in (2, 4):
-            continue
-        inputs, outputs, *taps = matrix(buffer)
+        inputs, _, *taps = matrix(buffers[name])
+        layers.setdefault(columns.of(name), set()).add((inputs, *taps))
+
+    def of_a_convolution(name: str) -> Matrix | None:
+        """Where all layers of its class agree."""
+        inputs, outputs, *taps = matrix(buffers[name])
         asked = layers.get(columns.of(name), set())
-        if len(asked) == 1 and (found := next(iter(asked)))[0] == inputs and len(found) == 2 and (not taps or taps[0] == found[1]):
-            out[name] = (inputs, outputs, found[1])
-        elif alike.of(name) in roots:
-            out[name] = matrix(buffer)
-    return out
+        fits = len(asked) == 1 and all(len(a) == 2 and a[0] == inputs and taps in ([], [a[1]]) for a in asked)
+        return (inputs, outputs, *(taps or [next(iter(asked))[1]])) if fits else None
+
+    candidates = [name for name, b in buffers.items() if b.rows is None and len(b.shape) in (2, 4)]
+    out = {name: lies for name in candidates if (lies := of_a_convolution(name))}
+    roots = {alike.of(name) for name in weights} | {alike.of(name) for name, others in kernels if any(other in out for other in others)}
+    return {**{name: matrix(buffers[name]) for name in candidates if alike.of(name) in roots}, **out}
 
 
 def views(plan: Plan, packed: Mapping[str, Matrix]) -> dict[str, Ref]:

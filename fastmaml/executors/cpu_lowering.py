@@ -20,7 +20,7 @@ from fastmaml.executors.cpu_layouts import packed_weights, views
 from fastmaml.plan.instructions import Buffer, Group, Instruction, Phase, Plan, Ref
 from fastmaml.plan.memory import arena_layout
 
-NARROW, ALIGN = 8, 64  # the first as in csrc/include/fastmaml/plan.h
+NARROW, PANEL, ALIGN = 8, 64, 64  # the first two as in csrc/include/fastmaml/plan.h
 BLOCK_BYTES = 512 * 1024  # what one block of rows of a group may occupy: half of a small L2
 HOMES = {"meta": 0, "task": 1, "run": 2, "scratch": 2, "block": 2}
 ROWS = {None: 0, "support": 1, "query": 2, "joint": 3}
@@ -118,7 +118,7 @@ class Lowering:
 
     def _convert(self, instr: Instruction, rows: str | None, home: str) -> Iterable[Step]:
         """The native call, with packing, unpacking and padding around it where an operand lies in another form than the kernel reads."""
-        call = self._by_columns(native(instr, self.buffers, rows))
+        call = self._as_they_lie(native(instr, self.buffers, rows))
         before, after, operands = [], [], list(call.operands)
         outputs = {id(ref) for ref in instr.outputs if ref is not None}
         for i, ref in enumerate(operands):
@@ -147,10 +147,19 @@ class Lowering:
             yield Step(self._sized(one), rows)
         yield from after
 
-    def _by_columns(self, call: Native) -> Native:
-        """A product of matrices of which a convolution's weight is made, as they lie."""
-        lies = [len(self.packed.get(call.operands[i].buffer, ())) == 3 for i in call.columns if call.operands[i]]
-        return replace(call, sizes=(*call.sizes, 1), packed=call.columns) if lies and all(lies) else call
+    def _as_they_lie(self, call: Native) -> Native:
+        """An expression of arrays that are all packed as for a convolution."""
+        lie = [self.packed.get(call.operands[i].buffer, ()) for i in call.together if call.operands[i]]
+        if not lie or any(len(sizes) != 3 for sizes in lie):
+            return call
+        if call.kernel == "matmul_fwd":
+            return replace(call, sizes=(*call.sizes, 1), packed=call.together)
+        inputs, outputs, taps = max(lie)
+        panels, width = (outputs // PANEL, PANEL) if outputs > PANEL else (1, pad(outputs))
+        if outputs > PANEL * panels:  # the last panel is narrower
+            return call
+        broadcast = (4 if bits else 0 for bits in call.sizes[4:])  # over the taps
+        return replace(call, sizes=(1, panels, taps, inputs // taps * width, *broadcast), packed=call.together)
 
     def _copies(self, call: Native, home: str) -> Iterable[Native]:
         """A copy between arrays that lie in different ways (a reshape may make one) is a conversion."""

@@ -180,7 +180,7 @@ void matmul_fwd(const Call& c) {
 void transpose_fwd(const Call& c) {
     const int64_t rows = c.sizes[0], cols = c.sizes[1];
     const Share s = share(cols, c);
-    transpose(c.f(0) + s.begin, cols, rows, s.end - s.begin, c.f(1) + s.begin * rows, rows);
+    transpose(c.f(0) + s.begin, cols, rows, s.end - s.begin, c.f(1) + s.begin * rows, rows, false);
     clear_padding(c, c.f(1), rows * cols);
 }
 

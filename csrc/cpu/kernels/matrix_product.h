@@ -1,5 +1,5 @@
 // The products of weight expressions, of any size, either factor transposed: blocks of 64 x 64 of the result in the
-// register tiles of linear_tiles.h. A right factor is brought into a padded piece where it does not lie in rows of
+// register tiles of linear_tiles.h. A right factor is brought into a padded piece where it is transposed or has no
 // whole vectors; a left one never, for a transposed one is what the tiles of outer products read.
 //
 // As there, an element is a sum of chains of about kDepth products (of each pair of factors) whose order depends on the
@@ -37,14 +37,15 @@ static constexpr int64_t kDeepest = kDepth + kDepth / 2;  // products of a chain
 // b[k..k + depth][col..col + cols] of a right factor, its rows padded to width
 static inline void bring(const Matrix& b, bool turned, int64_t k, int64_t depth, int64_t col, int64_t cols,
                          int64_t width, float* piece) {
-    for (int64_t i = 0; cols < width && i < depth; ++i) clear_run(piece + i * width + cols, width - cols);
-    if (turned) return transpose(b.at(col, k), b.step(k), cols, depth, piece, width);
-    for (int64_t i = 0; i < depth; ++i) copy_run(b.at(k + i, col), cols, piece + i * width);
+    if (turned) return transpose(b.at(col, k), b.step(k), cols, depth, piece, width, true);
+    for (int64_t i = 0; i < depth; ++i)
+        for (int64_t j = 0; j < width; j += VL) store(piece + i * width + j, load_part(b.at(k + i, col) + j, cols - j));
 }
 
-// y = rows [row, row + rows) of the columns [col, col + cols), padded to whole lanes. Neither goes beyond a panel.
-static void product_block(const Factors& f, int64_t row, int64_t rows, int64_t col, int64_t cols, float* y,
-                          int64_t ldy) {
+// y = rows [row, row + rows) of the columns [col, col + cols), padded to whole lanes: with zeros, or with what nobody
+// reads (`loose`), so that rows may be read beyond their end, where that is the next row. Neither goes beyond a panel.
+static void product_block(const Factors& f, int64_t row, int64_t rows, int64_t col, int64_t cols, float* y, int64_t ldy,
+                          bool loose) {
     alignas(64) float pieces[2][kDeepest * kPanel];
     const int64_t width = pad_lane(cols), deepest = f.a[0].panels || f.b[0].panels ? kDepth : kDeepest;
     int64_t i = 0;
@@ -54,7 +55,8 @@ static void product_block(const Factors& f, int64_t row, int64_t rows, int64_t c
         Outer outers[2] = {};
         for (int p = 0; p < f.pairs; ++p) {
             const Matrix &a = f.a[p], &b = f.b[p];
-            const bool whole = !f.b_turned && (b.panels || cols == width);
+            const bool inside = loose && b.at(i + depth - 1, col) + width <= b.begin + b.rows * b.cols;
+            const bool whole = !f.b_turned && (b.panels || cols == width || inside);
             if (!whole) bring(b, f.b_turned, i, depth, col, cols, width, pieces[p]);
             const float* right = whole ? b.at(i, col) : pieces[p];
             const int64_t ldb = whole ? b.step(col) : width;
@@ -93,11 +95,11 @@ static void matrix_product(const Call& c, const Factors& f, const Matrix& out, b
         for (int64_t row = rows.begin; row < rows.end; row += in_panel(row, rows.end)) {
             const int64_t high = in_panel(row, rows.end), wide = in_panel(col, cols.end);
             if (!turned && (out.panels || wide % kLane == 0)) {
-                product_block(f, row, high, col, wide, out.at(row, col), out.step(col));
+                product_block(f, row, high, col, wide, out.at(row, col), out.step(col), false);
                 continue;
             }
-            product_block(f, row, high, col, wide, piece, kPanel);
-            if (turned) transpose(piece, kPanel, high, wide, out.at(col, row), out.step(row));
+            product_block(f, row, high, col, wide, piece, kPanel, true);
+            if (turned) transpose(piece, kPanel, high, wide, out.at(col, row), out.step(row), false);
             for (int64_t i = 0; !turned && i < high; ++i) copy_run(piece + i * kPanel, wide, out.at(row + i, col));
         }
 }

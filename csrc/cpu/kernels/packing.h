@@ -15,23 +15,31 @@ static inline void clear_run(float* to, int64_t n) {
     for (int64_t i = 0; i < n; i += VL) store_part(to + i, vec{}, n - i);
 }
 
-// to[j][i] = from[i][j] for i < rows, j < cols. Nothing else is read, or written.
-static void transpose(const float* from, int64_t ldf, int64_t rows, int64_t cols, float* to, int64_t ldt) {
+// to[j][i] = from[i][j] for i < rows, j < cols. Nothing else is read, or written; but rows of `to` that are `padded` to
+// whole lanes get zeros there.
+static void transpose(const float* from, int64_t ldf, int64_t rows, int64_t cols, float* to, int64_t ldt, bool padded) {
     constexpr int64_t n = 16;
-    alignas(64) float a[n * n], b[n * n];
-    for (int64_t i = 0; i < rows; i += n)
-        for (int64_t j = 0; j < cols; j += n) {
-            const int64_t high = rows - i < n ? rows - i : n, wide = cols - j < n ? cols - j : n;
+    alignas(64) float tile[n * n];
+    for (int64_t i = 0; i < rows; i += n) {
+        const int64_t high = rows - i < n ? rows - i : n, written = padded ? n : high;
+        for (int64_t j = 0, wide; j < cols; j += wide) {
+            wide = cols - j < n ? cols - j : n;
             const float* src = from + i * ldf + j;
             float* dst = to + j * ldt + i;
-            if (high == n && wide == n) {
-                transpose_tile(src, ldf, n, n, dst, ldt);
+            if (wide < 4) {
+                for (int64_t c = 0; c < wide; ++c)
+                    for (int64_t r = 0; r < written; ++r) dst[c * ldt + r] = r < high ? src[r * ldf + c] : 0.f;
                 continue;
             }
-            for (int64_t r = 0; r < high; ++r) copy_run(src + r * ldf, wide, a + r * n);
-            transpose_tile(a, n, high, (wide + 3) / 4 * 4, b, n);
-            for (int64_t r = 0; r < wide; ++r) copy_run(b + r * n, high, dst + r * ldt);
+            wide -= wide % 4;
+            if (written == n) {
+                transpose_tile(src, ldf, high, wide, dst, ldt);
+                continue;
+            }
+            transpose_tile(src, ldf, high, wide, tile, n);
+            for (int64_t c = 0; c < wide; ++c) copy_run(tile + c * n, high, dst + c * ldt);
         }
+    }
 }
 
 // Calls body(o, width, k, n) for pieces of up to kPanel outputs and n <= 16 inputs of a weight [out, in]; a share of
@@ -72,8 +80,7 @@ static void pack(const Call& c, const float* w, int64_t in, int64_t out, int64_t
     each_piece(c, in, out, [&](int64_t o, int64_t width, int64_t k, int64_t n) {
         alignas(64) float piece[kLane * kPanel];
         const int64_t outs = out - o < kPanel ? out - o : kPanel;
-        for (int64_t i = 0; outs < width && i < n; ++i) clear_run(piece + i * width + outs, width - outs);
-        transpose(w + o * in + k, in, outs, n, piece, width);
+        transpose(w + o * in + k, in, outs, n, piece, width, true);
         int64_t row[kLane];
         packed_rows(k, n, in, taps, row);
         for (int64_t i = 0; i < n; ++i) copy_run(piece + i * width, width, packed + o * in + row[i] * width);
@@ -91,7 +98,7 @@ static void unpack(const Call& c, const float* packed, int64_t in, int64_t out, 
         int64_t row[kLane];
         packed_rows(k, n, in, taps, row);
         for (int64_t i = 0; i < n; ++i) copy_run(packed + o * in + row[i] * width, width, piece + i * width);
-        transpose(piece, width, n, out - o < kPanel ? out - o : kPanel, w + o * in + k, in);
+        transpose(piece, width, n, out - o < kPanel ? out - o : kPanel, w + o * in + k, in, false);
     });
 }
 
