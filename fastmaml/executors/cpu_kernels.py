@@ -89,7 +89,9 @@ def same_layout(instr: Instruction, buffers: Buffers) -> list[Operand]:
         return [instr.inputs[0], instr.inputs[1], *instr.outputs]
     if instr.kernel == "scale_fwd":
         return [instr.inputs[0], *instr.outputs]
-    if instr.kernel in ("copy_fwd", "add_fwd") or instr.kernel.startswith("clip_value_"):
+    if instr.kernel in ("add_fwd", "add_jvp"):
+        return _one_shape([*instr.inputs, *instr.outputs], buffers)
+    if instr.kernel == "copy_fwd" or instr.kernel.startswith("clip_value_"):
         return [*instr.inputs, *instr.outputs]
     if instr.kernel == "dot_fwd":
         return [*instr.inputs[:2]]
@@ -99,6 +101,12 @@ def same_layout(instr: Instruction, buffers: Buffers) -> list[Operand]:
 # ------------------------------------------------------------------------------------------------------------------- helpers
 def _buffer(ref: Operand, buffers: Buffers) -> Buffer:
     return buffers[ref.buffer]
+
+
+def _one_shape(refs: list[Operand], buffers: Buffers) -> list[Operand]:
+    """Those of them that are there, if they agree in shape, else none."""
+    there = [ref for ref in refs if ref is not None]
+    return there if len({_buffer(ref, buffers).shape for ref in there}) == 1 else []
 
 
 def _width(ref: Operand, buffers: Buffers) -> int:
@@ -359,7 +367,7 @@ def _expression(instr: Instruction, buffers: Buffers, extent: str | None) -> Nat
         (x, y), z = instr.inputs, instr.outputs[0]
         if _rows(instr, buffers):
             return Native("add_rows_fwd", (x, y, z), (_channels(z, buffers),), pixels=_pixels(z, buffers))
-        if mode == "fwd" and shape(x) == shape(y):
+        if _one_shape([x, y, z], buffers):
             return Native("add_fwd", (x, y, z), (_width(z, buffers),))
         bits = [0 if ref is None else _bits(shape(ref), shape(z)) for ref in (x, y)]
         return Native("add_expr_fwd", (x, y, z), (*_axes(shape(z)), *bits), plain=True)
