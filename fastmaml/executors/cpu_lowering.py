@@ -2,7 +2,7 @@
 
 Rows are padded to LANE floats, and images are [h][w][c] with the channels padded. A weight that a linear or conv2d layer reads is kept packed
 (csrc/include/fastmaml/plan.h), and so is everything elementwise with it (its trajectory, gradients, rates); expressions work on plain arrays, with
-conversions in between. A lowering is made for one capacity: the largest task of the batch.
+conversions in between, but for most that make a convolution's weight (cpu_layouts.py). A lowering is made for one capacity: the largest task of the batch.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ class Rewriter:
     def film(self, weight: str, gamma: int, beta: int, after_norm: bool) -> None:
         """y becomes gamma * y + beta, channel by channel: y the output of the layer with this weight, or of the normalisation right after it.
 
-        It is a batch normalisation whose mean is 0 and whose variance is 1: all modes of it are there already."""
+        It is a batch normalisation whose mean is 0 and whose variance is 1: all modes of it are there already. Or it goes into the affine of the
+        normalisation (``_takes_films``)."""
         layer = self.layer(weight)
         users = [op for op in self.source.ops if layer.output in op.inputs]
         norm = users[0] if after_norm and len(users) == 1 and users[0].name in NORMS else None
