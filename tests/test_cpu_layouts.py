@@ -101,6 +101,17 @@ def test_meta_gradient_of_other_steps(method: str, more: str) -> None:
     agrees(method, (9, 17), **MORE[more])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_team_of_threads_changes_no_bit(method: str) -> None:
+    maml, found = METHODS[method](net(70, 130), backend="cpu", **OPTIONS), []
+    moved(maml)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)  # for one task
+        maml.meta_grad(tuple(v[:1] for v in BATCH))
+        found.append(grads(maml))
+    assert all(torch.equal(a, found[1][name]) for name, a in found[0].items() if a is not None)
+
+
 def lowering(maml: MAML) -> Lowering:
     plan = maml.plan(TaskBatch.of(BATCH))
     return Lowering(plan, rows_capacity(6, 7), {name: i for i, name in enumerate(cpu._cpu.kernels())})
