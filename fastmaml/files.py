@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and where those lie that can be made again."""
 
 from __future__ import annotations
 
@@ -22,3 +22,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def cache_path(name: str, cache_dir: str | os.PathLike | None) -> Path | None:
+    """Of the file ``name`` in cache_dir, $XDG_CACHE_HOME/fastmaml or ~/.cache/fastmaml; None without a home folder."""
+    try:
+        if cache_dir is not None:
+            return Path(cache_dir).expanduser() / name
+        base = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored where it is not absolute, says its specification
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastmaml" / name
+    except RuntimeError:  # no home folder
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,6 @@ import numpy as np
 from fastmaml.files import whole_file
 
 Bank = TypeVar("Bank", bound=tuple)  # a NamedTuple of arrays
-
-
-def cache_path(name: str, cache_dir: str | os.PathLike | None) -> Path | None:
-    """Of the file ``name`` in cache_dir, $XDG_CACHE_HOME/fastmaml or ~/.cache/fastmaml; None without a home folder."""
-    try:
-        if cache_dir is not None:
-            return Path(cache_dir).expanduser() / name
-        base = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored where it is not absolute, says its specification
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastmaml" / name
-    except RuntimeError:  # no home folder
-        return None
 
 
 def cached(path: Path | None, kind: type[Bank], check: Callable[[Bank], Bank], make: Callable[[], Bank]) -> Bank:

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmaml.batch import check_count
-from fastmaml.tasks.cache import cache_path, cached
+from fastmaml.files import cache_path
+from fastmaml.tasks.cache import cached
 from fastmaml.tasks.episodes import Episodes
 
 ALPHABETS = {"train": ("LATIN", "GREEK", "CYRILLIC"), "test": ("GEORGIAN", "ARMENIAN")}  # first words of Unicode names

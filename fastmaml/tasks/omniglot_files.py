@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmaml.tasks.cache import cache_path, cached
+from fastmaml.files import cache_path
+from fastmaml.tasks.cache import cached
 
 SUBSETS = ("images_background", "images_evaluation", "images_background_small1", "images_background_small2")
 PUBLISHED = (
