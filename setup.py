@@ -4,6 +4,7 @@ csrc/cpu/bindings.cpp    the only file that sees Python; glue, so -O1
 csrc/cpu/*.cpp           portable: no ISA flags, so that choosing a tier never needs one
 csrc/cpu/kernels/*.cpp   once per tier of ISA_FLAGS, into build/<tag>/<tier>/<op>.o
 csrc/cuda/               fastmaml._cuda, where nvcc is; csrc/cuda/*.cu by nvcc
+csrc/cuda/*.cuh, *.h     their text also goes into the extension: what NVRTC compiles a Plan's own source with
 csrc/cuda/host/*.cpp     with the rest of csrc/cuda as host code: fastmaml._cuda_host, for the tests of a source tree (in-place builds)
 
 Reads FASTMAML_CUDA=auto|0|1, FASTMAML_CUDA_ARCHS=80;90, FASTMAML_SANITIZE=0|1, CXX, CUDA_HOME, MAX_JOBS.
@@ -128,17 +129,35 @@ def write_manifest(nvcc, openmp, tests):
     for tier, isa in ISA_FLAGS.items():
         objects += compile("cpu/kernels", tier, f"-DFASTMAML_ISA={tier} {isa}")
     libraries = {"fastmaml._cpu": library("_cpu", objects, CXX, openmp)}
+    headers = []
+    if nvcc or tests:
+        source = embed_headers(BUILD / "headers.cpp")
+        headers = [edge(source.with_suffix(".o"), "cxx", [source], flags=SANITIZE_FLAGS)]
     if nvcc:  # nvcc links cudart statically: on a machine without CUDA, _cuda imports and counts no devices
-        objects, nvcc = list(compile("cuda", "cuda", "")), shlex.quote(nvcc)
+        objects, nvcc = [*compile("cuda", "cuda", ""), *headers], shlex.quote(nvcc)
         for source in sorted(Path("csrc/cuda").glob("*.cu")):
             objects.append(edge(BUILD / f"cuda/{source.name}.o", "nvcc", [source], nvcc=nvcc, flags=cuda_flags()))
         libraries["fastmaml._cuda"] = library("_cuda", objects, nvcc, "")
     if tests:  # -O1: half of the time to compile, and fibers are slow anyway
-        objects = [*compile("cuda", "cuda_host", "-DFASTMAML_CUDA_HOST=1"), *compile("cuda/host", "cuda_host/host", "-O1")]
+        objects = [*compile("cuda", "cuda_host", "-DFASTMAML_CUDA_HOST=1"), *compile("cuda/host", "cuda_host/host", "-O1"), *headers]
         libraries["fastmaml._cuda_host"] = library("_cuda_host", objects, CXX, "")
     BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
     return libraries
+
+
+def embed_headers(output):
+    """C++ with the text of the headers that a Plan's own source includes: what compiles it, wherever the package is, has those of this build."""
+    include = Path("csrc/include")
+    headers = {path.name: path for path in [*sorted(Path("csrc/cuda").glob("*.cuh")), Path("csrc/cuda/flat.h")]}
+    headers |= {str(path.relative_to(include)): path for path in (include / "fastmaml/kernels.h", include / "fastmaml/plan.h")}
+    entries = "".join(f'{{"{name}", R"header({path.read_text()})header"}},\n' for name, path in headers.items())
+    name = "const char* const header_texts[][2]"
+    text = f"namespace fastmaml {{\nnamespace cuda {{\nextern {name};\n{name} = {{\n{entries}{{nullptr, nullptr}}}};\n}}\n}}\n"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not output.exists() or output.read_text() != text:
+        output.write_text(text)
+    return output
 
 
 def run_ninja(*arguments, **options):

@@ -16,7 +16,7 @@ import torch
 
 import fastmaml
 from fastmaml import cli, machine
-from fastmaml.executors import BACKENDS, triton_executor
+from fastmaml.executors import BACKENDS, nvrtc, triton_executor
 from fastmaml.executors import cpu as cpu_executor
 from fastmaml.executors import cuda as cuda_executor
 
@@ -99,7 +99,14 @@ def _backend(name: str) -> str:
             return "no: there is no NVIDIA GPU" + (f"; {why}" if (why := triton_executor()[1]) else "")
         if triton_executor()[1]:
             return f"no: {triton_executor()[1]}"
-    return f"yes: {RUNS.get(name, 'available')}"
+    return f"yes: {RUNS.get(name, 'available')}" + (f"; {_nvrtc()}" if name == "cuda" else "")
+
+
+def _nvrtc() -> str:
+    try:
+        return f"compiled for each Plan by NVRTC {nvrtc.find().version}"
+    except nvrtc.Absent as error:
+        return f"Plans are walked at run time: {error}"
 
 
 def _devices() -> str:

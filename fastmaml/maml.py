@@ -201,6 +201,8 @@ class MAML(Trained):
         executor = self._executor(batch, inner_steps, batchnorm, entry)
         in_flight = torch.get_num_threads() if executor.name == "cpu" else len(batch)
         head = f"parameterisation {self.parameterisation.signature}: {self._describe()}\n"
+        if executor.name == "cuda":
+            head += f"cuda: {executor.how}\n"
         return head + explain(executor.plan, batch, **machine.peaks(), in_flight=in_flight, laid_out=executor.memory(batch) if executor.name in NATIVE else None)
 
     def _describe(self) -> str:

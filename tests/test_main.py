@@ -57,9 +57,11 @@ def test_cuda(devices: tuple | None, said: str, capsys, monkeypatch) -> None:
     module = devices and SimpleNamespace(devices=lambda: devices, device=lambda index: card)
     monkeypatch.setattr(cuda_executor, "_cuda", module)
     monkeypatch.setattr(cuda_executor, "IMPORT_ERROR", "no such file")
+    monkeypatch.setenv("FASTMAML_NVRTC", "0")
     assert command.main([]) == 0
     shown = capsys.readouterr().out
     assert f"cuda       {said}" in shown
+    assert ("; Plans are walked at run time: FASTMAML_NVRTC=0" in shown) == (devices == (1, ""))
     assert ("a card (sm_90, 128 KB shared)" in shown) == (devices == (1, ""))
 
 

@@ -8,6 +8,7 @@
 
 #include "executor.h"
 #include "fastmaml/read_plan.h"
+#include "source.h"
 
 namespace py = pybind11;
 using namespace fastmaml;
@@ -19,12 +20,6 @@ using namespace fastmaml;
 #endif
 
 namespace {
-
-const char* const kNames[] = {
-#define FASTMAML_NAME(name) #name,
-    FASTMAML_KERNELS(FASTMAML_NAME)
-#undef FASTMAML_NAME
-};
 
 template <class T>
 T* pointer(int64_t address) {
@@ -44,15 +39,15 @@ Flat read_flat(const std::vector<int64_t>& words, int64_t scratch_at, int64_t sh
             for (const Instruction& in : group.instructions)
                 if (std::find(known.begin(), known.end(), in.kernel) == known.end() || in.pixels != 1)
                     throw std::runtime_error(std::string("fastmaml._cuda: no device function for ") +
-                                             kNames[in.kernel] + (in.pixels != 1 ? " of images" : ""));
+                                             cuda::kernel_name(in.kernel) + (in.pixels != 1 ? " of images" : ""));
     return {cuda::flatten(plan, scratch_at, shared_limit, threads)};
 }
 
-// One half for all tasks, put on the stream.
-void execute(const Flat& plan, int device, int64_t stream, const std::string& order, int64_t plan_at, int64_t tasks,
-             int half, int blocks, int64_t support_rows, int64_t query_rows, int64_t ways, int64_t task_weights,
-             double uniform_weight, const std::vector<int64_t>& pointers, bool add_to_outputs, bool strict,
-             int64_t meta, int64_t arenas, int64_t sums, int64_t counters, int64_t finite) {
+// One half for all tasks, put on the stream. compiled: a kernel made of its source, or 0 for the walk.
+void execute(const Flat& plan, int64_t compiled, int device, int64_t stream, const std::string& order, int64_t plan_at,
+             int64_t tasks, int half, int blocks, int64_t support_rows, int64_t query_rows, int64_t ways,
+             int64_t task_weights, double uniform_weight, const std::vector<int64_t>& pointers, bool add_to_outputs,
+             bool strict, int64_t meta, int64_t arenas, int64_t sums, int64_t counters, int64_t finite) {
     const cuda::FlatPlan& p = plan.head();
     if (static_cast<int>(pointers.size()) != p.n_task_buffers + p.n_inputs + p.n_outputs)
         throw std::runtime_error("fastmaml._cuda: the pointers do not fit the Plan");
@@ -69,14 +64,14 @@ void execute(const Flat& plan, int device, int64_t stream, const std::string& or
     l.counters = pointer<int>(counters), l.finite = pointer<uint8_t>(finite);
     for (size_t i = 0; i < pointers.size(); ++i) l.pointers[i] = pointer<void>(pointers[i]);
     py::gil_scoped_release release;
-    cuda::launch(plan.bytes, l, device, pointer<void>(stream), order);
+    cuda::launch(plan.bytes, l, pointer<const void>(compiled), device, pointer<void>(stream), order);
 }
 
 void call_kernel(const std::string& order, int threads, const std::string& name, const std::vector<int64_t>& operands,
                  const std::vector<int64_t>& row_strides, int rows, std::vector<int64_t> sizes,
                  std::vector<float> numbers, std::tuple<int64_t, int64_t, int64_t, int64_t> task) {
     Instruction in;
-    while (in.kernel < kKernelCount && name != kNames[in.kernel]) ++in.kernel;
+    while (in.kernel < kKernelCount && name != cuda::kernel_name(in.kernel)) ++in.kernel;
     if (in.kernel == kKernelCount) throw std::runtime_error("call_kernel: no kernel is called " + name);
     if (operands.size() > kMaxOperands || operands.size() != row_strides.size())
         throw std::runtime_error("call_kernel: operands and row_strides must have one entry per operand, at most 16");
@@ -97,14 +92,35 @@ PYBIND11_MODULE(FASTMAML_MODULE, m) {
     py::class_<Flat>(m, "Plan")
         .def(py::init(&read_flat), py::arg("words"), py::arg("scratch_at"), py::arg("shared_limit"),
              py::arg("threads") = 0)
+        .def(
+            "source",
+            [](const Flat& p, int half, int64_t support, int64_t query, bool ways) {
+                return cuda::half_source(p.bytes, half, support, query, ways);
+            },
+            "Of one half, for tasks of so many rows (-1: they differ), whose batch gives `ways` or does not.")
         .def_property_readonly("bytes", [](const Flat& p) { return py::bytes(p.bytes.data(), p.bytes.size()); })
         .def_property_readonly("threads", [](const Flat& p) { return p.head().threads; })
         .def_property_readonly("meta_bytes", [](const Flat& p) { return p.head().meta_bytes; })
         .def_property_readonly("arena_bytes", [](const Flat& p) { return p.head().arena_bytes; })
         .def_property_readonly("shared_arena_bytes", [](const Flat& p) { return p.head().shared_arena_bytes; })
         .def_property_readonly("sums_floats", [](const Flat& p) { return p.head().sums_floats; });
+    m.attr("can_load") = cuda::can_load();
     m.attr("counters") = static_cast<int>(cuda::kCounters);
     m.def("execute", &execute);
+    m.def(
+        "headers",
+        [] {
+            py::dict out;
+            for (auto header = cuda::header_texts; (*header)[0]; ++header) out[(*header)[0]] = (*header)[1];
+            return out;
+        },
+        "What a Plan's source includes: name to text.");
+    m.def(
+        "load",
+        [](const py::bytes& cubin, int device) {
+            return static_cast<int64_t>(reinterpret_cast<uintptr_t>(cuda::load(cubin, device)));
+        },
+        "A compiled source, for execute(): it stays loaded.");
     m.def("call_kernel", &call_kernel);
     m.def("resident_blocks", [](const Flat& p, int device) { return cuda::resident_blocks(p.bytes, device); });
     m.def("devices", [] {
@@ -121,10 +137,15 @@ PYBIND11_MODULE(FASTMAML_MODULE, m) {
     });
     m.def("kernels", [] {
         std::vector<std::string> names;
-        for (int id : cuda::supported_kernels()) names.push_back(kNames[id]);
+        for (int id : cuda::supported_kernels()) names.push_back(cuda::kernel_name(id));
         return names;
     });
     m.def(
-        "all_kernels", [] { return std::vector<std::string>(kNames, kNames + kKernelCount); },
+        "all_kernels",
+        [] {
+            std::vector<std::string> names;
+            for (int id = 0; id < kKernelCount; ++id) names.push_back(cuda::kernel_name(id));
+            return names;
+        },
         "In the order of their numbers in a Plan.");
 }

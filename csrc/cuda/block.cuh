@@ -11,11 +11,20 @@
 #define FM_DEVICE __device__ __forceinline__
 #define FM_NOINLINE __device__ __noinline__
 #define FM_UNROLL _Pragma("unroll 4")
+#define FM_LOOP _Pragma("unroll 1")
 #else
 #define FM_DEVICE inline
 #define FM_NOINLINE inline
 #define FM_UNROLL
+#define FM_LOOP
 #include "host/fibers.h"
+#endif
+#ifdef FASTMAML_STRAIGHT  // straight.cuh: in one piece, which is long as it is
+#define FM_APART FM_DEVICE
+#define FM_ROLLED FM_LOOP
+#else
+#define FM_APART FM_NOINLINE
+#define FM_ROLLED
 #endif
 
 namespace fastmaml {
@@ -51,6 +60,25 @@ FM_DEVICE int read(const int* counter) {
     return n;
 }
 
+FM_DEVICE void assume(bool v) { __builtin_assume(v); }
+FM_DEVICE char* in_global(void* p) {  // loads and stores then need not ask what kind of memory it is
+    __builtin_assume(__isGlobal(p));
+    return static_cast<char*>(p);
+}
+FM_DEVICE char* shared_memory(char*) {  // by its name: the compiler then knows what kind of memory it is
+    extern __shared__ __align__(64) char memory[];
+    return memory;
+}
+
+// The entry of a half's own source (source.cpp). As many registers as the walk may have.
+#define FM_ENTRY(Half)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(fastmaml::cuda::Half::kThreads, 512 / fastmaml::cuda::Half::kThreads) \
+        fastmaml_half(const __grid_constant__ fastmaml::cuda::Launch l) {                                              \
+        using namespace fastmaml::cuda;                                                                                \
+        const Block b = {static_cast<int>(threadIdx.x), Half::kThreads};                                               \
+        Half(b, l, static_cast<int>(blockIdx.x), shared_memory(nullptr)).run();                                        \
+    }
+
 #else
 
 struct Block {
@@ -75,6 +103,15 @@ struct Block {
 inline int take(int* counter) { return (*counter)++; }
 inline void add(int* counter, int n) { *counter += n; }
 inline int read(const int* counter) { return *counter; }
+inline void assume(bool) {}
+inline char* in_global(void* p) { return static_cast<char*>(p); }
+inline char* shared_memory(char* memory) { return memory; }
+
+#define FM_ENTRY(Half)                                                                              \
+    extern "C" __attribute__((visibility("default"))) void fastmaml_half(                           \
+        const fastmaml::cuda::Block& b, const fastmaml::cuda::Launch& l, int block, char* memory) { \
+        fastmaml::cuda::Half(b, l, block, memory).run();                                            \
+    }
 
 #endif
 

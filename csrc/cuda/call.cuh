@@ -49,18 +49,21 @@ FM_DEVICE int padded(int n) {
 template <class F>
 FM_DEVICE void each_element(const Call& c, int columns, F f) {
     const int count = (c.last - c.first) * columns;
+    FM_ROLLED
     for (int i = c.mine; i < count; i += c.gang) f(c.first + i / columns, i % columns);
 }
 
 // f(row) by all lanes of a warp
 template <class F>
 FM_DEVICE void each_row(const Call& c, F f) {
+    FM_ROLLED
     for (int r = c.begin; r < c.end; ++r) f(r);
 }
 
 // f(i) for i < count, shared out to the block: of what is no row kernel
 template <class F>
 FM_DEVICE void each(const Call& c, int count, F f) {
+    FM_ROLLED
     for (int i = c.b.thread; i < count; i += c.b.threads) f(i);
 }
 
@@ -93,6 +96,7 @@ FM_DEVICE float sum_terms(int count, F add) {
     for (int i = 0; i < count;) {
         const int stop = count - i > kWarp ? i + kWarp : count;
         float chain = 0.f;
+        FM_UNROLL
         for (; i < stop; ++i) chain = add(i, chain);
         total += chain;
     }

@@ -8,16 +8,14 @@
 #include <mutex>
 #include <stdexcept>
 
-#include "walk.cuh"
+#include "tables.cuh"
 
 namespace fastmaml {
 namespace cuda {
 
-extern __shared__ __align__(64) char shared_memory[];
-
 __global__ void __launch_bounds__(512) run_plan(const __grid_constant__ Launch l) {
     const Block b = {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
-    Walk(b, l, static_cast<int>(blockIdx.x), shared_memory).run();
+    Tables(b, l, static_cast<int>(blockIdx.x), shared_memory(nullptr)).run();
 }
 
 static void check(cudaError_t error, const char* what) {
@@ -65,33 +63,55 @@ static int shared_bytes(const FlatPlan& p) {
     return static_cast<int>(fixed_shared_bytes(p.threads) + p.shared_arena_bytes);
 }
 
-// Shared memory beyond 48 KB is asked for once per device: the kernel may then use all that a block can have.
-static void allow_shared(int index) {
+// Shared memory beyond 48 KB is asked for: the kernel may then use all that a block can have of the current device.
+static void allow_shared(const void* kernel, int index) {
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+}
+
+static const void* walk(int index) {  // the kernel of every Plan
     static std::mutex mutex;
     static std::vector<bool> allowed;
+    const void* kernel = reinterpret_cast<const void*>(run_plan);
     std::lock_guard<std::mutex> lock(mutex);
     if (static_cast<int>(allowed.size()) <= index) allowed.resize(index + 1);
-    if (allowed[index]) return;
-    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    check(cudaFuncSetAttribute(run_plan, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+    if (!allowed[index]) allow_shared(kernel, index);
     allowed[index] = true;
+    return kernel;
+}
+
+bool can_load() { return CUDART_VERSION >= 12080; }
+
+const void* load(const std::string& cubin, int index) {
+#if CUDART_VERSION >= 12080
+    const OnDevice on(index);
+    cudaLibrary_t library;
+    cudaKernel_t kernel;
+    check(cudaLibraryLoadData(&library, cubin.data(), nullptr, nullptr, 0, nullptr, nullptr, 0), "cudaLibraryLoadData");
+    check(cudaLibraryGetKernel(&kernel, library, "fastmaml_half"), "cudaLibraryGetKernel");
+    allow_shared(kernel, index);
+    return kernel;
+#else
+    throw std::runtime_error("fastmaml._cuda: built with a CUDA older than 12.8, which cannot load a compiled kernel");
+#endif
 }
 
 int resident_blocks(const std::vector<char>& plan, int index) {
     const OnDevice on(index);
-    allow_shared(index);
     int blocks = 0;
     const FlatPlan& p = head(plan);
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, run_plan, p.threads, shared_bytes(p)), "occupancy");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, walk(index), p.threads, shared_bytes(p)), "occupancy");
     return std::max(1, blocks * attribute(cudaDevAttrMultiProcessorCount, index));
 }
 
-void launch(const std::vector<char>& plan, const Launch& l, int index, void* stream, const std::string&) {
+void launch(const std::vector<char>& plan, const Launch& l, const void* compiled, int index, void* stream,
+            const std::string&) {
     const OnDevice on(index);
-    allow_shared(index);
     const FlatPlan& p = head(plan);
-    run_plan<<<l.blocks, p.threads, shared_bytes(p), static_cast<cudaStream_t>(stream)>>>(l);
-    check(cudaGetLastError(), "launch");
+    void* arguments[] = {const_cast<Launch*>(&l)};
+    check(cudaLaunchKernel(compiled ? compiled : walk(index), l.blocks, p.threads, arguments, shared_bytes(p),
+                           static_cast<cudaStream_t>(stream)),
+          "launch");
 }
 
 void call_kernel(const Instruction&, const std::vector<Place>&, const Task&, int, int, const std::string&) {

@@ -19,8 +19,15 @@ Device device(int index);
 // How many blocks run at once.
 int resident_blocks(const std::vector<char>& plan, int device);
 
-// order: of the threads of the host. All throw std::runtime_error with what CUDA says.
-void launch(const std::vector<char>& plan, const Launch& launch, int device, void* stream, const std::string& order);
+// A kernel that was compiled from half_source: as `compiled` below, for as long as the process lives. All throw
+// std::runtime_error with what CUDA says.
+bool can_load();
+const void* load(const std::string& cubin, int device);
+
+// compiled: of this half and batch, or null for the walk. order: of the threads of the host, where `compiled` is the
+// address of the source's function.
+void launch(const std::vector<char>& plan, const Launch& launch, const void* compiled, int device, void* stream,
+            const std::string& order);
 
 // One device function on its own, on the host: places of its operands, then as in a Plan.
 void call_kernel(const Instruction& in, const std::vector<Place>& places, const Task& task, int rows, int threads,

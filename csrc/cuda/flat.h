@@ -51,8 +51,15 @@ struct FlatPlan {  // the head; tables lie behind it, at these bytes
 };
 
 // Bases of operands behind those of plan.h's task buffers
-inline int32_t shared_base(int32_t task_buffers) { return kFirstTaskBase + task_buffers; }
-inline int32_t sums_base(int32_t task_buffers) { return kFirstTaskBase + task_buffers + 1; }
+FASTMAML_ANYWHERE int32_t shared_base(int32_t task_buffers) { return kFirstTaskBase + task_buffers; }
+FASTMAML_ANYWHERE int32_t sums_base(int32_t task_buffers) { return kFirstTaskBase + task_buffers + 1; }
+
+enum Part { kBefore, kOfTask, kBehind };  // phases before the tasks, of each of them, behind them
+FASTMAML_ANYWHERE bool runs(const FlatPhase& phase, Part part, int half, int halves) {
+    if (phase.half != half) return false;
+    if (phase.scope == Scope::kMeta) return part == (phase.after ? kBehind : kBefore);
+    return part == kOfTask && (!phase.after || half == halves - 1);
+}
 
 // What a call of the kernel is given.
 struct Launch {
@@ -86,8 +93,8 @@ struct Fixed {
     int ticket;
 };
 
-inline int64_t fixed_shared_bytes(int threads) {  // and room to align the arena
-    return static_cast<int64_t>(sizeof(Fixed) + threads / 32 * kMaxOperands * sizeof(Place) + 64);
+FASTMAML_ANYWHERE int64_t fixed_shared_bytes(int threads) {  // the arena begins behind them, aligned
+    return static_cast<int64_t>(sizeof(Fixed) + threads / 32 * kMaxOperands * sizeof(Place) + 63) / 64 * 64;
 }
 
 // Throws std::runtime_error naming the limit. scratch_at: where scratch begins in the run's memory; threads 0: chosen

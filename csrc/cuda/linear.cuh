@@ -61,6 +61,7 @@ FM_DEVICE void forward_tile(const Call& c, const Factor& p, const Factor& q, con
 template <class F>
 FM_DEVICE void each_tile(const Call& c, int columns, F f) {
     const int rows = c.last - c.first, tiles = (rows + kTile - 1) / kTile;
+    FM_ROLLED
     for (int i = c.mine; i < tiles * columns; i += c.gang) {
         const int row = i / columns * kTile;
         f(c.first + row, i % columns, rows - row < kTile ? rows - row : kTile);
@@ -105,6 +106,7 @@ FM_DEVICE void add_columns(const Factor& p, int row, int k, int in, int out, flo
         const int width = static_cast<int>(packed_width(o / kPanel, out)), fours = width / 4;
         const Four* w = reinterpret_cast<const Four*>(p.w + o * in + k * width);
         float chain[R] = {};
+        FM_ROLLED
         for (int j = 0, at = k % fours; j < fours; ++j, at = at + 1 == fours ? 0 : at + 1) {
             const Four v = w[at];
             for (int i = 0; i < R; ++i) {
@@ -154,20 +156,19 @@ FM_DEVICE void linear_bwd_input_both(const Call& c) {
 // ---------------------------------------------------------------------------------------------------- sums over rows
 struct Outer {  // x^T d, or nothing
     const Place *x, *d;
+    bool there;
     FM_DEVICE const float* x_row(int r) const { return reinterpret_cast<const float*>(x->at + r * x->row_stride); }
     FM_DEVICE const float* d_row(int r) const { return reinterpret_cast<const float*>(d->at + r * d->row_stride); }
 };
 
-FM_DEVICE Outer outer(const Call& c, int x, int d) {
-    const bool there = c.has(x) && c.has(d);
-    return {there ? c.operands + x : nullptr, c.operands + d};
-}
+FM_DEVICE Outer outer(const Call& c, int x, int d) { return {c.operands + x, c.operands + d, c.has(x) && c.has(d)}; }
 
 template <int K>
 FM_DEVICE void add_outer(const Outer& t, int rows, int k, int o, float* acc) {  // inputs k to k + K
     for (int r = 0; r < rows;) {
         const int stop = rows - r > kChain ? r + kChain : rows;
         float chain[K] = {};
+        FM_UNROLL
         for (; r < stop; ++r) {
             const float d = t.d_row(r)[o];
             const float* x = t.x_row(r) + k;
@@ -191,8 +192,8 @@ template <int K>
 FM_DEVICE void outer_tile(const Call& c, const Outer& p, const Outer& q, float* dw, const Epilogue& e, int k, int o,
                           int at, int step) {
     float acc[K] = {};
-    if (p.x) add_outer<K>(p, c.n, k, o, acc);
-    if (q.x) add_outer<K>(q, c.n, k, o, acc);
+    if (p.there) add_outer<K>(p, c.n, k, o, acc);
+    if (q.there) add_outer<K>(q, c.n, k, o, acc);
     for (int i = 0; i < K; ++i) dw[at + i * step] = e(acc[i], at + i * step);
 }
 
@@ -222,7 +223,7 @@ FM_DEVICE void backward_bias(const Call& c, int d, float* db, const Epilogue& e)
 }
 
 FM_DEVICE void linear_bwd_weight(const Call& c) {
-    if (c.has(2)) backward_weight(c, outer(c, 0, 1), {nullptr, nullptr}, c.f(2), epilogue(c, 0, 4));
+    if (c.has(2)) backward_weight(c, outer(c, 0, 1), {c.operands, c.operands, false}, c.f(2), epilogue(c, 0, 4));
     if (c.has(3)) backward_bias(c, 1, c.f(3), epilogue(c, 1, 6));
 }
 

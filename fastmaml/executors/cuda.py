@@ -1,8 +1,9 @@
 """The ``cuda`` executor: networks whose tasks are small (fully connected ones, with all that may come around them) in float32, one launch for each half
 of a meta-iteration.
 
-The Plan is lowered as for the ``cpu`` executor (the same numbers, with device functions of the same names behind them), flattened into one piece of
-device memory per capacity (the largest task), and walked there: a thread block runs a task. All other memory comes from torch's allocator at each call
+The Plan is lowered as for the ``cpu`` executor (the same numbers, with device functions of the same names behind them) and flattened into one piece of
+device memory per capacity (the largest task). A thread block runs a task: by a kernel of the Plan's own, straight-line source that NVRTC compiles at the
+first call (nvrtc.py), or, where that cannot be, by the one that walks any Plan (``how`` says which, and why). All other memory comes from torch's allocator at each call
 and goes back behind it, so that streams, threads and captured graphs need no care; a launch waits for nothing, and nothing is read back but the tasks'
 finite flags, when somebody asks for them.
 
@@ -11,6 +12,8 @@ finite flags, when somebody asks for them.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.batch import TaskBatch
+from fastmaml.executors import nvrtc
 from fastmaml.executors.call import Call, Results
 from fastmaml.executors.cpu import LOWERINGS, Prepared
 from fastmaml.executors.cpu_kernels import native as native_call
@@ -34,6 +38,7 @@ except ImportError as error:  # kept, and shown when the executor is asked for
     IMPORT_ERROR = str(error)
 
 WHOLE = 1 << 30  # rows of a block: all of them, nothing is gained by fewer
+KERNELS = 8  # compiled for one Plan: halves, and sizes of tasks
 UPLOADS = 64  # small arrays kept on each device: offsets, ways, task weights
 _REAL = torch.float32
 
@@ -76,6 +81,7 @@ class CudaPrepared(Prepared):
         self.shared_limit, self.threads = executor.shared_limit, executor.threads
         super().__init__(plan, support, query, WHOLE)
         self.resident = self.module.resident_blocks(self.native, device.index or 0)
+        self.kernels: dict[tuple, int] = {}  # compiled, by half, rows of a task (-1: tasks differ), whether ways are given; 0: the walk
         self.on_device = torch.frombuffer(bytearray(self.native.bytes), dtype=torch.uint8).to(device)
 
     def kernel_ids(self) -> dict[str, int]:
@@ -99,17 +105,27 @@ class CudaPrepared(Prepared):
 
 class CudaExecutor:
     """Runs ``plan`` on the GPU where the call's tensors are, on torch's current stream. For tests: ``native`` the module of device functions,
-    ``threads`` of a block, ``shared_limit`` bytes of its shared memory, ``order`` of the host's threads ("forward", "reversed", "shuffled7")."""
+    ``threads`` of a block, ``shared_limit`` bytes of its shared memory, ``order`` of the host's threads ("forward", "reversed", "shuffled7"), ``compiler``
+    that makes a kernel of (source, native, device), None to walk the Plan."""
 
     name = "cuda"
 
     def __init__(
-        self, plan: Plan, native: ModuleType | None = None, threads: int = 0, shared_limit: int = 0, order: str = "forward", blocks: int = 0
+        self,
+        plan: Plan,
+        native: ModuleType | None = None,
+        threads: int = 0,
+        shared_limit: int = 0,
+        order: str = "forward",
+        blocks: int = 0,
+        compiler: Callable[[str, ModuleType, torch.device], int] | None = nvrtc.kernel,
     ) -> None:
         self.native = native or _cuda
         if self.native is None:
             raise RuntimeError(IMPORT_ERROR)
         self.plan, self.threads, self.shared_limit, self.order, self.most_blocks = plan, threads, shared_limit, order, blocks
+        self._compiler = None if native is not None and compiler is nvrtc.kernel else compiler
+        self._compiled, self._walks = 0, "no compiler was given"
         self._prepared: dict[tuple, CudaPrepared] = {}
         self._uploaded: dict[tuple, Tensor] = {}
         self._counters: dict[tuple, Tensor] = {}
@@ -172,6 +188,14 @@ class CudaExecutor:
             "shared memory of a block": prepared.native.shared_arena_bytes,
         }
 
+    @property
+    def how(self) -> str:
+        """Whether the Plan has kernels of its own, or why it is walked."""
+        if self._compiler is None:
+            return f"one kernel that walks any Plan: {self._walks}"
+        full = ", other sizes are walked" if self._compiled == KERNELS else ""
+        return f"kernels of this Plan's own, compiled at the first call with tasks of a size: {self._compiled} so far{full}"
+
     # ------------------------------------------------------------------------------------------------------- running
     def forward(self, call: Call) -> Results:
         batch, prepared = call.batch, self.prepared(call.batch)
@@ -229,7 +253,7 @@ class CudaExecutor:
             self._captured += [prepared, tables]
         blocks = min(prepared.blocks(len(batch)), self.most_blocks or WHOLE)
         self.native.execute(
-            *(prepared.native, device.index or 0, stream, self.order, prepared.on_device.data_ptr(), len(batch), half, blocks),
+            *(prepared.native, self._kernel(prepared, half, batch), device.index or 0, stream, self.order, prepared.on_device.data_ptr(), len(batch), half, blocks),
             *(0 if table is None else table.data_ptr() for table in tables),
             call.task_weight(0) if call.task_weights is None else 1.0,
             [*pointers, *(tensor.data_ptr() for tensor in inputs), *outputs],
@@ -237,6 +261,28 @@ class CudaExecutor:
             *(at[name] for name in ("meta", "arenas", "sums")),
             *(counters.data_ptr(), finite.data_ptr()),
         )
+
+    def _kernel(self, prepared: CudaPrepared, half: int, batch: TaskBatch) -> int:
+        """What was compiled of one half for batches like this one; 0: the walk."""
+        rows = (sizes[0] if min(sizes) == max(sizes) else -1 for sizes in (batch.support_sizes, batch.query_sizes))
+        key = (half, *rows, batch.ways is not None)
+        if key not in prepared.kernels:
+            prepared.kernels[key] = self._compile(prepared, key)
+        return prepared.kernels[key]
+
+    def _compile(self, prepared: CudaPrepared, key: tuple) -> int:
+        if self._compiler is None or self._compiled == KERNELS:  # the next sizes may be others again: compiling takes longer than many a call
+            return 0
+        self._not_while_capturing(prepared.device)
+        try:
+            found = self._compiler(prepared.native.source(*key), self.native, prepared.device)
+        except Exception as error:  # whatever it is: the walk needs nothing of it
+            self._compiler, self._walks = None, str(error)
+            if not isinstance(error, nvrtc.Absent):
+                warnings.warn(f"no kernel could be compiled for this Plan alone; the one that walks any Plan runs it: {error}", stacklevel=2)
+            return 0
+        self._compiled += 1
+        return found
 
     # ------------------------------------------------------------------------------------------------------- memory
     def _lay_out(self, prepared: CudaPrepared, batch: TaskBatch) -> tuple[Tensor, dict[str, int]]:

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "../walk.cuh"
+#include "../tables.cuh"
 
 namespace fastmaml {
 namespace cuda {
@@ -37,12 +37,21 @@ int device_count(std::string&) { return 1; }
 Device device(int) { return {"the host, threads as fibers", 163 * 1024, 3, 0, 0}; }
 int resident_blocks(const std::vector<char>&, int) { return 3; }
 
-void launch(const std::vector<char>& plan, const Launch& l, int, void*, const std::string& order) {
+bool can_load() { return false; }
+const void* load(const std::string&, int) {
+    throw std::runtime_error("fastmaml._cuda_host: a half compiled for the host is a function's address already");
+}
+
+void launch(const std::vector<char>& plan, const Launch& l, const void* compiled, int, void*,
+            const std::string& order) {
     const FlatPlan& p = *reinterpret_cast<const FlatPlan*>(plan.data());
     std::vector<Aligned> shared;
     for (int i = 0; i < l.blocks; ++i) shared.emplace_back(fixed_shared_bytes(p.threads) + p.shared_arena_bytes);
     host::Grid grid(l.blocks, p.threads, schedule_of(order));
-    grid.run([&](int block, const Block& b) { Walk(b, l, block, shared[block].data()).run(); });
+    const auto half = reinterpret_cast<void (*)(const Block&, const Launch&, int, char*)>(compiled);
+    grid.run([&](int block, const Block& b) {
+        half ? half(b, l, block, shared[block].data()) : Tables(b, l, block, shared[block].data()).run();
+    });
 }
 
 void call_kernel(const Instruction& in, const std::vector<Place>& places, const Task& task, int rows, int threads,
