@@ -120,18 +120,23 @@ class Pretrained(Characters):
     def __init__(self, data: Path) -> None:
         self.data = data
 
-        def body(**options: Any) -> dict[str, Any]:
-            return {"inner_lr": 0.1, "inner_steps": 10, "batchnorm": "running", "on_nonfinite": "skip"} | options
+        options = {"inner_lr": 1.0, "inner_steps": 10, "batchnorm": "running", "on_nonfinite": "skip"}
 
-        def mtl(adapt: str, **options: Any) -> Callable[[], nn.Module]:
-            return lambda: methods.MTL(strided(self.ways), pretrained=self.trained(), adapt=adapt, **body(**options))
+        def mtl() -> nn.Module:
+            return methods.MTL(self.network(), pretrained=self.trained(), **options)
 
         def head() -> nn.Module:
-            network = strided(self.ways)
+            network = self.network()
             network.load_state_dict(self.trained(), strict=False)
-            return methods.HeadOnly(network, **body())
+            return methods.HeadOnly(network, **options)
 
-        self.methods: Methods = {"HeadOnly": head, "MTL": mtl("head"), "MTL, adapt='both', inner_lr=0.05": mtl("both", inner_lr=0.05)}
+        self.methods: Methods = {"HeadOnly": head, "MTL": mtl}
+
+    def network(self) -> nn.Module:
+        """Its head begins at zero: drawn as for training from nothing it would drown what the features say."""
+        network = strided(self.ways)
+        nn.init.zeros_(network.classifier.weight)
+        return network
 
     def trained(self) -> dict[str, Tensor]:
         return pretrain(self.data)
@@ -143,8 +148,8 @@ class Embeddings(Pretrained):
     def __init__(self, data: Path) -> None:
         self.data = data
         self.methods: Methods = {
-            "MAML, a linear classifier": lambda: MAML(nn.Linear(64, self.ways), inner_lr=0.1, inner_steps=10),
-            "ZeroHead": lambda: methods.ZeroHead(nn.Linear(64, self.ways), inner_lr=0.1, inner_steps=10),
+            "MAML, a linear classifier": lambda: MAML(nn.Linear(64, self.ways), inner_lr=1.0, inner_steps=10),
+            "ZeroHead": lambda: methods.ZeroHead(nn.Linear(64, self.ways), inner_lr=1.0, inner_steps=10),
             "LEO": lambda: methods.LEO(64, self.ways, latent=64, weight_lr=0.1),
         }
 

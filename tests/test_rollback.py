@@ -198,12 +198,12 @@ def test_given_masks_reach_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None
     for steps in (99, 8):
         monkeypatch.setattr(rollback, "KEPT", steps)
         maml = fastmaml.MAML(net().double(), inner_lr=0.05, inner_steps=STEPS)
-        plain = _recorded(maml, batch)
+        plain = _recorded(maml, batch, None).results
         masks = {key: [m.clone() for m in v] for key, v in plain.values.items() if isinstance(key, tuple)}
         for (name, step), mask in masks.items():
             if name.startswith("gradient.") and step == 5:
                 mask[0][0, 0] = ~mask[0][0, 0]
-        turned = _recorded(maml, batch, masks)
+        turned = _recorded(maml, batch, None, masks).results
         found.append({n: v for n, v in turned.values.items() if isinstance(n, str) and n.startswith("grad.")})
         truth = {n: plain.values[n] for n in found[-1]}
         assert distance(found[-1], truth) > 1e-6
