@@ -28,12 +28,12 @@ NEW = 600  # tasks
 EPOCHS = 100  # of MAML++'s schedule, in a run of any length
 
 
-def train(on: Problem, maml: nn.Module, iterations: int, seed: int) -> float:
+def train(on: Problem, name: str, maml: nn.Module, iterations: int, seed: int) -> float:
     """Milliseconds per meta-iteration."""
     if not list(maml.parameters()):
         return 0.0  # a head from zero over fixed features: nothing is outer-learned
     source, optimizer = on.source("train", seed), torch.optim.Adam(maml.parameters(), lr=1e-3)
-    schedule = methods.MAMLPlusPlusSchedule(maml) if getattr(maml, "learn_inner_lr", False) and maml.inner_steps > 1 else None
+    schedule = methods.MAMLPlusPlusSchedule(maml) if name.startswith("MAMLPlusPlus") else None
     start = time.perf_counter()
     for i in range(iterations):
         if schedule:
@@ -76,7 +76,7 @@ def main() -> None:
     for name, make in on.methods.items():
         torch.manual_seed(arguments.seed)
         maml = make()
-        took = train(on, maml, arguments.iterations, arguments.seed)
+        took = train(on, name, maml, arguments.iterations, arguments.seed)
         found[name] = percent * on_new_tasks(on, maml, arguments.seed)
         values = [found[name]] if name == first else [found[name], found[name] - found[first]]
         said = [f"{mean:+.{digits}f} ± {half:.{digits}f}" for mean, half in map(mean_and_interval, values)]

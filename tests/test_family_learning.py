@@ -44,9 +44,10 @@ def test_characters(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(family_learning, "NEW", family_learning.AT_ONCE)
     on = problems.problem(name, REAL)
     monkeypatch.setattr(on, "tasks", 2, raising=False)
-    for make in on.methods.values():
+    for method, make in on.methods.items():
         torch.manual_seed(0)
         maml = make()
-        family_learning.train(on, maml, iterations=1, seed=0)
+        family_learning.train(on, method, maml, iterations=1, seed=0)
+        assert (getattr(maml, "step_loss_weights", None) is not None) == (method == "MAMLPlusPlus"), "its schedule, and nobody else's"
         accuracy = family_learning.on_new_tasks(on, maml, seed=0)
         assert accuracy.shape == (family_learning.AT_ONCE,) and 0 <= float(accuracy.mean()) <= 1
