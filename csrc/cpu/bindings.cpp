@@ -81,10 +81,8 @@ void call_kernel(const std::string& tier, const std::string& name, const std::ve
     numbers.resize(fastmaml::kMaxNumbers, 0.f);
     const fastmaml::Task t = {std::get<0>(task), std::get<1>(task), std::get<2>(task), std::get<3>(task)};
     fastmaml::Call c{};
-    for (size_t i = 0; i < operands.size(); ++i) {
-        c.operands[i] = pointer<void>(operands[i]);
-        c.row_stride[i] = row_strides[i];
-    }
+    for (size_t i = 0; i < operands.size(); ++i) c.operands[i] = pointer<void>(operands[i]);
+    c.row_stride = row_strides.data();
     c.n = n, c.row0 = row0, c.n_total = n_total, c.first = first, c.last = last, c.parts = parts;
     c.sizes = sizes.data(), c.numbers = numbers.data(), c.task = &t;
     std::vector<float> scratch(fastmaml::kScratchBytes / sizeof(float), std::nanf(""));

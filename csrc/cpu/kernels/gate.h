@@ -18,13 +18,18 @@ struct Activation {
     Activation at(int64_t row, int64_t column) const {
         return {gate, mask ? mask + row * ldm + column : nullptr, ldm, slope};
     }
-    vec low(vec v) const { return slope == 0.f ? vec{} : v * splat(slope); }
-    template <Gate G>
-    __attribute__((always_inline)) vec apply(vec v, int64_t row, int64_t column) const {  // as the kernels of relu.cpp
+    // As the kernels of relu.cpp; Flat: the slope is 0.
+    template <Gate G, bool Flat>
+    __attribute__((always_inline)) vec apply(vec v, int64_t row, int64_t column) const {
         if (G == Gate::kNone) return v;
-        if (G == Gate::kApply) return select(load_mask(mask + row * ldm + column), v, low(v));
+        const vec low = Flat ? vec{} : v * splat(slope);
+        if (G == Gate::kApply) return select(load_mask(mask + row * ldm + column), v, low);
         if (mask) store_mask(mask + row * ldm + column, v > vec{});
-        return slope == 0.f ? select(v <= vec{}, vec{}, v) : select(v > vec{}, v, low(v));
+        return Flat ? select(v <= vec{}, vec{}, v) : select(v > vec{}, v, low);
+    }
+    template <Gate G>
+    __attribute__((always_inline)) vec apply(vec v, int64_t row, int64_t column) const {
+        return slope == 0.f ? apply<G, true>(v, row, column) : apply<G, false>(v, row, column);
     }
     __attribute__((always_inline)) vec operator()(vec v, int64_t row, int64_t column) const {
         return gate == Gate::kNone   ? v

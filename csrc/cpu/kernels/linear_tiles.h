@@ -26,13 +26,16 @@ struct Pair {  // one product x w of a sum of products; w is [k][ldw]
     int64_t ldw;
 };
 
-template <Gate G, int R, int C>
-__attribute__((always_inline)) static inline void store_tile(vec (&acc)[R][C], float* y, int64_t ldy, const float* init,
-                                                             int64_t ld_init, const Activation& act) {
+// The two below are unrolled by order: left to itself, GCC 12 takes all of acc through the stack.
+template <Gate G, bool Flat, int R, int C>
+__attribute__((always_inline)) static inline void store_tile(const vec (&acc)[R][C], float* y, int64_t ldy,
+                                                             const float* init, int64_t ld_init, Activation act) {
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
         for (int c = 0; c < C; ++c) {
             const vec sum = init ? load(init + r * ld_init + c * VL) + acc[r][c] : acc[r][c];
-            store(y + r * ldy + c * VL, act.apply<G>(sum, r, c * VL));
+            store(y + r * ldy + c * VL, act.apply<G, Flat>(sum, r, c * VL));
         }
 }
 
@@ -42,28 +45,34 @@ template <int R, int C>
 static inline void tile(const Pair* pairs, int n_pairs, int64_t k, int64_t row, int64_t col, float* y, int64_t ldy,
                         const float* init, int64_t ld_init, const Activation& act) {
     vec acc[R][C];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
         for (int c = 0; c < C; ++c) acc[r][c] = vec{};
     for (int p = 0; p < n_pairs; ++p) {
         const int64_t ldx = pairs[p].ldx, ldw = pairs[p].ldw;
         const float *x = pairs[p].x + row * ldx, *w = pairs[p].w + col;
         for (int64_t i = 0; i < k; ++i, w += ldw) {
             vec b[C];
+#pragma GCC unroll 16
             for (int c = 0; c < C; ++c) b[c] = load(w + c * VL);
+#pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 const vec a = splat(x[r * ldx + i]);
+#pragma GCC unroll 16
                 for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
             }
         }
     }
-    switch (act.gate) {
-        case Gate::kNone:
-            return store_tile<Gate::kNone, R, C>(acc, y, ldy, init, ld_init, act);
-        case Gate::kMake:
-            return store_tile<Gate::kMake, R, C>(acc, y, ldy, init, ld_init, act);
-        default:
-            return store_tile<Gate::kApply, R, C>(acc, y, ldy, init, ld_init, act);
-    }
+    const bool flat = act.slope == 0.f;
+    if (act.gate == Gate::kNone)
+        store_tile<Gate::kNone, true, R, C>(acc, y, ldy, init, ld_init, act);
+    else if (act.gate == Gate::kMake)
+        flat ? store_tile<Gate::kMake, true, R, C>(acc, y, ldy, init, ld_init, act)
+             : store_tile<Gate::kMake, false, R, C>(acc, y, ldy, init, ld_init, act);
+    else
+        flat ? store_tile<Gate::kApply, true, R, C>(acc, y, ldy, init, ld_init, act)
+             : store_tile<Gate::kApply, false, R, C>(acc, y, ldy, init, ld_init, act);
 }
 
 template <int R, int C>

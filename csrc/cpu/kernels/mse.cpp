@@ -13,8 +13,13 @@ static void add_loss(const Call& c, int i, double value) {
     if (c.operands[i]) *c.f(i) = static_cast<float>(c.first ? value : *c.f(i) + value);
 }
 
-static void clear_padding(const Call& c, float* row) {
-    for (int64_t j = c.sizes[0]; j < pad_lane(c.sizes[0]); ++j) row[j] = 0.f;
+// out = f(column, outputs left) for the vectors of every row; what is loaded in part is zero in the padding
+template <class F>
+static inline void each_row(const Call& c, int out, F f) {
+    for (int64_t i = 0; i < c.n; ++i) {
+        float* row = c.f(out) + i * c.stride(out);
+        for (int64_t j = 0; j < pad_lane(c.sizes[0]); j += VL) store(row + j, f(i, j, c.sizes[0] - j));
+    }
 }
 
 void mse_fwd(const Call& c) {  // z, target, (weight), loss?, correct?
@@ -34,12 +39,12 @@ void mse_fwd(const Call& c) {  // z, target, (weight), loss?, correct?
 void mse_bwd(const Call& c) {  // z, target, (weight), step_weight?, dz
     if (c.part) return;
     const float scale = static_cast<float>(2.0 * scale_of(c) * (c.operands[3] ? *c.f(3) : 1.f));
-    for (int64_t i = 0; i < c.n; ++i) {
-        const float *z = c.f(0) + i * c.stride(0), *target = c.f(1) + i * c.stride(1);
-        float* dz = c.f(4) + i * c.stride(4);
-        for (int64_t j = 0; j < c.sizes[0]; ++j) dz[j] = (z[j] - target[j]) * scale;
-        clear_padding(c, dz);
-    }
+    const float *z = c.f(0), *target = c.f(1);
+    const int64_t ldz = c.stride(0), ldt = c.stride(1);
+    const vec by = splat(scale);
+    each_row(c, 4, [=](int64_t i, int64_t j, int64_t left) {
+        return (load_part(z + i * ldz + j, left) - load_part(target + i * ldt + j, left)) * by;
+    });
 }
 
 void mse_jvp(const Call& c) {  // z, target, (weight), zt, losst
@@ -54,13 +59,10 @@ void mse_jvp(const Call& c) {  // z, target, (weight), zt, losst
 
 void mse_bwd_jvp(const Call& c) {  // z, target, (weight), zt, dzt
     if (c.part) return;
-    const float scale = static_cast<float>(2.0 * scale_of(c));
-    for (int64_t i = 0; i < c.n; ++i) {
-        const float* zt = c.f(3) + i * c.stride(3);
-        float* dzt = c.f(4) + i * c.stride(4);
-        for (int64_t j = 0; j < c.sizes[0]; ++j) dzt[j] = zt[j] * scale;
-        clear_padding(c, dzt);
-    }
+    const float* zt = c.f(3);
+    const int64_t ld = c.stride(3);
+    const vec by = splat(static_cast<float>(2.0 * scale_of(c)));
+    each_row(c, 4, [=](int64_t i, int64_t j, int64_t left) { return load_part(zt + i * ld + j, left) * by; });
 }
 
 }  // namespace FASTMAML_ISA

@@ -17,7 +17,7 @@ struct Task {
 
 struct Call {
     void* operands[kMaxOperands];
-    int64_t row_stride[kMaxOperands];  // bytes
+    const int64_t* row_stride;  // by operand, bytes
     int64_t n;                         // rows of this block
     int64_t row0;                      // its first row
     int64_t n_total;                   // rows of the extent

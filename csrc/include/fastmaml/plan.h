@@ -44,6 +44,7 @@ struct Instruction {
     int32_t n_operands = 0;
     int32_t operands = 0;  // index of the first one in Plan::operands
     bool sums = false;     // in a batch phase: adds over the rows of all tasks, instead of working row by row
+    bool fixed = true;     // operands that lie where they lie at every step
     int32_t stages = 1;    // calls that make it, see stages_of
     int64_t pixels = 1;    // each of them is a row to the kernel: what works row by row on vectors works on images
     int64_t sizes[kMaxSizes] = {};
@@ -102,6 +103,7 @@ struct Scalars {  // slots [begin, end) of a scalar per task
 
 struct Plan {
     std::vector<Operand> operands;  // of all instructions, in the order in which they run
+    std::vector<int64_t> strides;   // of each operand, bytes from one row to the next as its kernel counts rows
     std::vector<Phase> phases;
     std::vector<TaskBuffer> task_buffers;
     std::vector<Port> inputs, outputs;

@@ -59,7 +59,12 @@ inline Instruction read_instruction(Reader& in, Plan& plan) {
     i.pixels = in.next();
     i.n_operands = in.count(kMaxOperands);
     i.operands = static_cast<int32_t>(plan.operands.size());
-    for (int n = 0; n < i.n_operands; ++n) plan.operands.push_back(read_operand(in));
+    for (int n = 0; n < i.n_operands; ++n) {
+        const Operand o = read_operand(in);
+        i.fixed = i.fixed && o.first_base == kNoBase && o.step_stride == 0;
+        plan.operands.push_back(o);
+        plan.strides.push_back(o.row_stride / i.pixels);
+    }
     const int sizes = in.count(kMaxSizes);
     for (int n = 0; n < sizes; ++n) i.sizes[n] = in.next();
     const int numbers = in.count(kMaxNumbers);
