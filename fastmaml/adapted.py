@@ -72,7 +72,7 @@ class AdaptedModel:
         leaves = {**{n: w[t] for n, w in self.weights.items()}, **{n: v[t] if n in own else v for n, v in self._others.items()}}
         made = evaluate(found.everything, leaves, found.weights.values())
         module = copy.deepcopy(self._predict.view.model)
-        parameters = dict(module.named_parameters())
+        parameters = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         with torch.no_grad():
             for name, value in {**leaves, **dict(zip(found.weights, made, strict=True))}.items():
                 if name in parameters:

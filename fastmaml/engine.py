@@ -174,8 +174,9 @@ def _check_steps(program: Program, view: ModelView, spec: Spec) -> None:
         if leaf.per_step and leaf.role == "adapted":
             raise ValueError(f"{leaf.name!r} has a value per inner step and cannot be adapted: leave it out of what the parameterisation adapts")
         if leaf.per_step and spec.entry != "predict":
-            if len(view.parameters[leaf.name]) < spec.steps:
-                raise ValueError(f"{leaf.name!r} has {len(view.parameters[leaf.name])} steps, inner_steps is {spec.steps}: give it one row per inner step")
+            rows = len(view.parameters[leaf.name] if leaf.name in view.parameters else view.model.get_buffer(leaf.name))
+            if rows < spec.steps:
+                raise ValueError(f"{leaf.name!r} has {rows} steps, inner_steps is {spec.steps}: give it one row per inner step")
             if spec.query_from == 0 and spec.steps:
                 raise ValueError(f"step_loss_weights has a loss before the first inner step, where {leaf.name!r} has no row: give one weight per inner step")
 

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
+from fastmaml.batch import TaskBatch
 from fastmaml.maml import MAML
-from fastmaml.nn import per_step_batchnorm
+from fastmaml.nn import StepBatchNorm, per_step_batchnorm, per_step_parameters
 from fastmaml.optimizers import ImplicitGradient
-from fastmaml.options import adapted_names, check_model, count, flag
+from fastmaml.options import adapted_names, check_model, count, flag, task_seeds
+
+WITH_STATISTICS = "build it with MAMLPlusPlus(model, per_step_statistics=True), or with fastmaml.nn.per_step_batchnorm(model, steps, statistics=True)"
 
 
 def FirstOrderMAML(model: nn.Module, *, inner_lr: Any = 0.01, inner_steps: int = 1, **options: Any) -> MAML:
@@ -85,6 +89,7 @@ def MAMLPlusPlus(
     inner_lr: float = 0.1,
     inner_steps: int = 5,
     per_step_norms: bool = True,
+    per_step_statistics: bool = False,
     learn_inner_lr: bool = True,
     adapt: str | list[str] | None = None,
     **options: Any,
@@ -98,15 +103,19 @@ def MAMLPlusPlus(
             schedule.begin(epoch)
             ...                                          # meta-iterations as ever
 
-    per_step_norms   put a ``fastmaml.nn.StepBatchNorm`` in the place of each batch normalisation: ``model`` is changed
-    adapt            None: everything but the affines of normalisation layers, as the authors have it
+    per_step_norms        put a ``fastmaml.nn.StepBatchNorm`` in the place of each batch normalisation: ``model`` is changed
+    per_step_statistics   with running statistics for each step, [steps, channels], which the authors' code records and never reads: normalisation is by the
+                          batch, in training and evaluation. Here ``record_statistics(maml, tasks)`` records them, ``batchnorm="running"`` reads them
+    adapt                 None: everything but the affines of normalisation layers, as the authors have it
 
-    Defaults: the authors' configurations (their rate 0.1 is the one that the code reads). Their running statistics per step, which are recorded and never
-    read, are not there. Raises what MAML raises, and ValueError for more inner_steps in a call than the rates and norms have.
+    Defaults: the authors' configurations (their rate 0.1 is the one that the code reads). Raises what MAML raises, and ValueError for more inner_steps in a
+    call than the rates and norms have.
     """
     steps = count("inner_steps", inner_steps, 1)
+    if flag("per_step_statistics", per_step_statistics) and not per_step_norms:
+        raise ValueError(f"per_step_statistics=True and per_step_norms=False: {WITH_STATISTICS}")
     if flag("per_step_norms", per_step_norms):
-        per_step_batchnorm(check_model(model), steps)
+        per_step_batchnorm(check_model(model), steps, statistics=per_step_statistics)
     if adapt is None:
         norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
         affine = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
@@ -145,6 +154,49 @@ class MAMLPlusPlusSchedule:
     def begin(self, epoch: int) -> None:
         self.maml.step_loss_weights = self.step_loss_weights(epoch)
         self.maml.first_order = epoch < self.first_order_epochs
+
+
+@torch.no_grad()
+def record_statistics(maml: MAML, tasks: Any) -> None:
+    """Adds the batches of an inner loop over ``tasks`` to the running statistics of each ``fastmaml.nn.StepBatchNorm`` of ``maml.model``, as the authors of
+    MAML++ do in training; nothing else changes.
+
+    In their order: task by task, and in each step k by step: the support rows at theta_k go to row k, then the query rows at theta_k+1 to the same row, after
+    every step with ``step_loss_weights``, else after the last. Each batch is one update by the norm's momentum (0.1), with the variance of n - 1. All
+    normalise by their batch on the way, whatever ``batchnorm`` says. Recorded over a few meta-batches after training they are of the weights as they are.
+
+    tasks   what ``maml(tasks)`` takes. Raises ValueError where no norm has running statistics, or the parameterisation writes their affines anew.
+    """
+    model, batch, steps = maml.model, TaskBatch.of(tasks), maml.inner_steps
+    norms = [m for m in model.modules() if isinstance(m, StepBatchNorm) and m.running_mean is not None]
+    if not norms or not steps:
+        raise ValueError("inner_steps is 0" if norms else f"no norm of the model has running statistics for each step: {WITH_STATISTICS}")
+    written = sorted(per_step_parameters(model) & maml.runner(batch, batchnorm="batch").rewritten.weights.keys())
+    if written:
+        raise ValueError(f"parameterisation {maml.parameterisation.signature} writes {written[0]!r} anew at each step: keep it off that layer (layers=)")
+    seeds = task_seeds(None, len(batch))
+    path = [maml.adapt(batch, inner_steps=k, batchnorm="batch", task_seeds=seeds) for k in range(steps + 1)]
+    own = {id(v) for norm in norms for v in (*norm.parameters(), *norm.buffers())}
+    like, before = next(model.parameters()), [(norm, norm.training, norm.step) for norm in norms]
+    try:
+        for t in range(len(batch)):
+            x = [v.to(like.dtype) for v in batch.task(t)[:3:2]]  # support, query
+            for k in range(steps):
+                for norm in norms:
+                    norm.training, norm.step = True, k
+                for after, rows in enumerate(x):
+                    if after == 0 or maml.step_loss_weights is not None or k == steps - 1:
+                        functional_call(model, _but_norms(path[k + after].module(t), model, own), (rows,))
+    finally:
+        for norm, training, step in before:
+            norm.training, norm.step = training, step
+
+
+def _but_norms(adapted: nn.Module, model: nn.Module, own: set[int]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of ``adapted``, but where the ``model`` has ``own`` ones."""
+    mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    theirs = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
+    return {name: v for name, v in theirs.items() if name not in mine or id(mine[name]) not in own}
 
 
 def _own(method: str, options: dict[str, Any], *names: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastmaml.full import FirstOrderMAML, MAMLPlusPlus, MAMLPlusPlusSchedule, MetaSGD, Reptile, iMAML
+from fastmaml.full import FirstOrderMAML, MAMLPlusPlus, MAMLPlusPlusSchedule, MetaSGD, Reptile, iMAML, record_statistics
 from fastmaml.leo import LEO
 from fastmaml.maml import MAML
 from fastmaml.mixture import MixtureMAML
@@ -40,6 +40,7 @@ __all__ = [
     "TNets",
     "ZeroHead",
     "iMAML",
+    "record_statistics",
 ]
 
 Patterns = str | Sequence[str]

@@ -278,16 +278,20 @@ class HigherOmniglot(nn.Sequential):
 class StepBatchNorm(nn.modules.batchnorm._NormBase):
     """Batch normalisation with a gamma and a beta for each inner step (MAML++: Antoniou et al. 2019), [n, channels, ...] -> the same.
 
-    weight, bias   [steps, channels]: the support rows of step k read row k, the query rows after that step the same one. They are outer-learned and never
-                   adapted, whatever ``adapt=`` says.
-    step           the row that is read outside of MAML; the last one at first
+    weight, bias                [steps, channels]: the support rows of step k read row k, the query rows after that step the same one. They are outer-learned
+                                and never adapted, whatever ``adapt=`` says.
+    running_mean, running_var   [steps, channels], buffers, with ``statistics=True``; else None
+    step                        the row that is read outside of MAML; the last one at first
 
-    The statistics are those of the batch, as in the authors' code, which keeps running ones for each step and never reads them.
+    The statistics are those of the batch. Running ones are read with ``batchnorm="running"`` alone, or in eval mode outside of MAML. A MAML object never
+    changes them: ``fastmaml.methods.record_statistics`` does, and, as ever in torch, a forward of the module itself in train mode.
     """
 
-    def __init__(self, channels: int, steps: int, eps: float = 1e-5) -> None:
-        super().__init__(channels, eps, affine=False, track_running_stats=False)
+    def __init__(self, channels: int, steps: int, eps: float = 1e-5, momentum: float = 0.1, statistics: bool = False) -> None:
+        super().__init__(channels, eps, momentum, affine=False, track_running_stats=False)
         self.weight, self.bias = nn.Parameter(torch.ones(steps, channels)), nn.Parameter(torch.zeros(steps, channels))
+        if statistics:
+            self.running_mean, self.running_var = torch.zeros(steps, channels), torch.ones(steps, channels)
         self.steps, self.step = steps, steps - 1
 
     def reset_parameters(self) -> None:
@@ -297,26 +301,29 @@ class StepBatchNorm(nn.modules.batchnorm._NormBase):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (torch.select(p, 0, self.step) for p in (self.weight, self.bias))
-        return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+        rows = (self.running_mean, self.running_var, self.weight, self.bias)
+        mean, var, weight, bias = (None if row is None else torch.select(row, 0, self.step) for row in rows)
+        return F.batch_norm(x, mean, var, weight, bias, self.training or mean is None, self.momentum, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, steps={self.steps}, eps={self.eps}"
+        return f"{self.num_features}, steps={self.steps}, eps={self.eps}, momentum={self.momentum}, statistics={self.running_mean is not None}"
 
 
-def per_step_batchnorm(model: nn.Module, steps: int) -> nn.Module:
-    """Puts a StepBatchNorm in the place of each BatchNorm1d and BatchNorm2d of ``model``, which is changed and returned; each row begins as their affine."""
+def per_step_batchnorm(model: nn.Module, steps: int, *, statistics: bool = False) -> nn.Module:
+    """Puts a StepBatchNorm in the place of each BatchNorm1d and BatchNorm2d of ``model``, which is changed and returned; each row begins as their affine
+    and, with ``statistics`` (running ones for each step), as their statistics."""
     for name, child in model.named_children():
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             like = next((p for p in child.parameters()), next(model.parameters(), torch.empty(0)))
-            norm = StepBatchNorm(child.num_features, steps, child.eps).to(like.device, like.dtype)
+            momentum = 0.1 if child.momentum is None else child.momentum
+            norm = StepBatchNorm(child.num_features, steps, child.eps, momentum, statistics).train(child.training).to(like.device, like.dtype)
             with torch.no_grad():
-                for mine, theirs in ((norm.weight, child.weight), (norm.bias, child.bias)):
-                    if theirs is not None:
-                        mine.copy_(theirs)
+                for mine in ("weight", "bias", *(("running_mean", "running_var") if statistics else ())):
+                    if getattr(child, mine) is not None:
+                        getattr(norm, mine).copy_(getattr(child, mine))
             setattr(model, name, norm)
         else:
-            per_step_batchnorm(child, steps)
+            per_step_batchnorm(child, steps, statistics=statistics)
     return model
 
 
@@ -324,3 +331,9 @@ def per_step_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that have a value for each inner step."""
     found = {id(p) for m in model.modules() if isinstance(m, StepBatchNorm) for p in m.parameters()}
     return {name for name, p in model.named_parameters() if id(p) in found}
+
+
+def per_step_buffers(model: nn.Module) -> set[str]:
+    """Names of the buffers that have a value for each inner step."""
+    found = {id(b) for m in model.modules() if isinstance(m, StepBatchNorm) for b in m.buffers()}
+    return {name for name, b in model.named_buffers() if id(b) in found}

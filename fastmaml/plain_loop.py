@@ -33,12 +33,10 @@ class PlainLoop:
         self.dtype = next(iter(self.parameters.values())).dtype
         self.support_rows: int | None = None  # while query rows run behind support rows
         for norm in self.model.modules():
-            if isinstance(norm, StepBatchNorm) and maml.batchnorm == "support":
-                norm.forward = functools.partial(self._support_norm, norm)
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.weight is None and norm.bias is not None:
                 del norm._parameters["weight"]  # torch's double backward fails for a beta without a gamma
                 norm.weight = torch.ones_like(norm.bias)
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and maml.batchnorm:
+            if isinstance(norm, (nn.modules.batchnorm._BatchNorm, StepBatchNorm)) and maml.batchnorm:
                 norm.train(maml.batchnorm != "running")
                 if maml.batchnorm == "support":
                     norm.forward = functools.partial(self._support_norm, norm)

@@ -108,6 +108,111 @@ def test_verify(batchnorm: str | None) -> None:
     assert said.ok and said.plan_error <= 1e-11
 
 
+# ------------------------------------------------------------------------------------------------- running statistics per step
+def with_statistics(dtype: torch.dtype) -> nn.Module:
+    """As ``convolutional``, with statistics that differ from step to step."""
+    torch.manual_seed(0)
+    layers = [nn.BatchNorm2d(1), nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.LeakyReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.BatchNorm1d(20), nn.Linear(20, 4)]
+    model = nets.per_step_batchnorm(nn.Sequential(*layers), STEPS, statistics=True)
+    with torch.no_grad():
+        for v in (*model.parameters(), *model.buffers()):
+            v.add_(0.2 * torch.rand_like(v))
+    return model.to(dtype)
+
+
+@backends
+@pytest.mark.parametrize("weights", [None, [0.2, 0.3, 0.5]], ids=["last", "multi-step"])
+def test_gradient_with_running_statistics(how, weights: list[float] | None) -> None:
+    """Support rows of step k, and the query rows after it, are normalised by row k."""
+    data, model = classify(shape=SHAPE), with_statistics(how[1])
+    maml = methods.MAMLPlusPlus(model, inner_steps=STEPS, per_step_norms=False, batchnorm="running", step_loss_weights=weights, backend=how[0])
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    model.eval()
+    expected = truth(maml, data, weights)
+    maml.meta_grad(data)
+    assert distance(grads(maml), expected) <= 3 * BOUND[how[1]]
+    assert len(before) == 6 and all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    model.train()
+    with torch.no_grad():
+        by_batch, by_row = maml(data, batchnorm="batch").loss, maml(data).loss
+    assert abs(float(by_batch - by_row)) > 1e-3
+    adapted = maml.adapt(*data[:2], inner_steps=2)  # the networks of row 1
+    with torch.no_grad():
+        logits = maml(data, inner_steps=2).logits if weights is None else adapted(data[2].to(how[1]))
+        torch.testing.assert_close(adapted(data[2].to(how[1])), logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(adapted.module(1).eval()(data[2][1].to(how[1])), logits[1], rtol=1e-4, atol=1e-5)
+
+
+@backends
+@pytest.mark.parametrize("weights", [None, [0.2, 0.3, 0.5]], ids=["last", "multi-step"])
+def test_recorded_statistics(how, weights: list[float] | None) -> None:
+    """In the authors' order, against their loop in plain torch."""
+    data, model = classify(tasks=3, shape=SHAPE), with_statistics(how[1])
+    maml = methods.MAMLPlusPlus(model, inner_steps=STEPS, per_step_norms=False, step_loss_weights=weights, backend=how[0])
+    reference, batch = copy.deepcopy(model).double(), TaskBatch.of(data)
+    for t in range(len(batch)):
+        sx, sy, qx, _ = batch.task(t)
+        theta = dict(reference.named_parameters())
+
+        def run(k: int, x: Tensor) -> Tensor:
+            for norm in (m for m in reference.modules() if isinstance(m, nets.StepBatchNorm)):
+                norm.step = k
+            return functional_call(reference, theta, (x.double(),))  # noqa: B023
+
+        for k in range(STEPS):
+            names = list(maml.rates.rates)
+            found = torch.autograd.grad(F.cross_entropy(run(k, sx), sy), [theta[n] for n in names])
+            theta = {**theta, **{n: theta[n] - 0.1 * g for n, g in zip(names, found, strict=True)}}
+            if weights is not None or k == STEPS - 1:
+                run(k, qx)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    model.eval()
+    methods.record_statistics(maml, data)
+    assert not any(m.training for m in model.modules())
+    for name, found in model.state_dict().items():
+        if "running" in name:
+            tolerance = 1e-10 if how[1] is torch.float64 else 1e-5
+            torch.testing.assert_close(found.double(), reference.get_buffer(name), rtol=tolerance, atol=tolerance)
+            assert not torch.equal(found, before[name]) and found.shape[0] == STEPS
+        else:
+            assert torch.equal(found, before[name])
+    assert all(m.step == STEPS - 1 for m in model.modules() if isinstance(m, nets.StepBatchNorm))
+
+
+def test_statistics_in_the_state_and_their_errors() -> None:
+    data = classify(shape=SHAPE)
+    model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5, momentum=0.3), nn.ReLU(), nn.Flatten(), nn.Linear(100, 4))
+    model[1].running_mean.fill_(0.5)
+    plain, maml = copy.deepcopy(model), methods.MAMLPlusPlus(model, inner_steps=STEPS, per_step_statistics=True)
+    assert maml.model[1].momentum == 0.3 and torch.equal(maml.model[1].running_mean, torch.full((STEPS, 5), 0.5))
+    methods.record_statistics(maml, data)
+    state = maml.state_dict()
+    assert state["1.running_mean"].shape == state["1.running_var"].shape == (STEPS, 5)
+    again = methods.MAMLPlusPlus(copy.deepcopy(plain), inner_steps=STEPS, per_step_statistics=True)
+    again.load_state_dict(state)
+    assert torch.equal(again(data, batchnorm="running").loss, maml(data, batchnorm="running").loss)
+    with pytest.raises(RuntimeError, match="Unexpected key.*1.running_mean"):
+        methods.MAMLPlusPlus(copy.deepcopy(plain), inner_steps=STEPS).load_state_dict(state)
+    maml.model.eval()
+    with pytest.raises(ValueError, match="eval mode and has running statistics: say batchnorm='batch'.*or batchnorm='running'"):
+        maml(data)
+    with pytest.raises(ValueError, match="has 3 steps, inner_steps is 4"):
+        maml(data, inner_steps=4, batchnorm="running")
+    without = methods.MAMLPlusPlus(plain, inner_steps=STEPS)
+    with pytest.raises(ValueError, match="no norm of the model has running statistics for each step: build it with MAMLPlusPlus"):
+        methods.record_statistics(without, data)
+    with pytest.raises(ValueError, match="batchnorm='running', but the layer has no running statistics"):
+        without(data, batchnorm="running")
+    with pytest.raises(ValueError, match="per_step_statistics=True and per_step_norms=False"):
+        methods.MAMLPlusPlus(model, per_step_norms=False, per_step_statistics=True)
+
+
+def test_verify_with_running_statistics() -> None:
+    maml = methods.MAMLPlusPlus(with_statistics(torch.float32), inner_steps=STEPS, per_step_norms=False, batchnorm="running")
+    said = maml.verify(classify(tasks=4, shape=SHAPE), repeats=1)
+    assert said.ok and said.plan_error <= 1e-11
+
+
 def test_what_is_adapted_and_learned() -> None:
     """HowToTrainYourMAML: all but the norms is adapted, a rate per tensor and step; the authors' network has 111,749 such parameters."""
     maml = methods.MAMLPlusPlus(nets.HTYMAMLNet())

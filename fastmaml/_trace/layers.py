@@ -101,7 +101,7 @@ def batch_norm(
 
 def _statistics(r: Recorder, running_mean: Any, running_var: Any, training: bool) -> str:
     statistics = r.batchnorm or ("batch" if training else "running")
-    if r.batchnorm is None and not training and id(running_mean) in r.layer_statistics:
+    if r.batchnorm is None and not training and r.is_running(running_mean):
         raise Misuse(
             "the layer is in eval mode and has running statistics: say batchnorm='batch' (statistics of the batch, as "
             "MAML trains) or batchnorm='running', or call model.train()"

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastmaml._trace import layers, pooling  # noqa: F401  (they fill the table of rules)
 from fastmaml._trace.rules import QUERIES, UNREAD_GETTERS, VIEWS, Refusal, refusal_of, rule_of
-from fastmaml.nn import per_step_parameters
+from fastmaml.nn import per_step_buffers, per_step_parameters
 from fastmaml.program import Op, ProgramBuilder
 
 
@@ -68,7 +68,7 @@ class Recorder(TorchFunctionMode):
         self._made: dict[int, Op] = {}
         self._leaves: dict[int, int] = {}
         self._buffers = {id(buffer): (name, buffer) for name, buffer in model.named_buffers()}
-        per_step = per_step_parameters(model)
+        self._per_step_buffers, per_step = per_step_buffers(model), per_step_parameters(model)
         for name, parameter in model.named_parameters():
             role = "outer" if parameter.requires_grad else "const"
             shape = tuple(parameter.shape)
@@ -148,7 +148,9 @@ class Recorder(TorchFunctionMode):
             return self._leaves[id(tensor)]
         if id(tensor) in self._buffers and tensor.is_floating_point():
             name, buffer = self._buffers[id(tensor)]
-            self._leaves[id(tensor)] = self.builder.leaf(name, tuple(buffer.shape), "const")
+            per_step = name in self._per_step_buffers
+            self._leaves[id(tensor)] = self.builder.leaf(name, tuple(buffer.shape[1:] if per_step else buffer.shape), "const")
+            self.builder.leaves[-1] = replace(self.builder.leaves[-1], per_step=per_step)
             return self._leaves[id(tensor)]
         if isinstance(tensor, torch.Tensor):
             what = f"a tensor {list(tensor.shape)} of {tensor.dtype}"
@@ -166,6 +168,10 @@ class Recorder(TorchFunctionMode):
     def producer(self, value: int) -> Op | None:
         """The op that made the value; None for the input and leaves."""
         return self._made.get(value)
+
+    def is_running(self, tensor: Any) -> bool:
+        """Whether these are the running statistics of a layer."""
+        return id(tensor) in self.layer_statistics or (isinstance(tensor, Tracked) and self.is_per_step(tensor.value))
 
     def is_per_step(self, value: int) -> bool:
         return any(leaf.value == value and leaf.per_step for leaf in self.builder.leaves)
