@@ -14,6 +14,7 @@ from pathlib import Path
 from fastmaml.executors import BACKENDS, BackendError
 from fastmaml.output import NonFiniteError
 from fastmaml.training.evaluate import evaluate
+from fastmaml.training.methods import NAMES as METHODS
 from fastmaml.training.settings import CHANGEABLE, DEFAULTS, SPLITS, Settings
 from fastmaml.training.trainer import Trainer
 
@@ -48,7 +49,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="{train,evaluate}", dest="command")
 
     train = commands.add_parser(
-        "train", help="train a network by MAML", description="Train a network by MAML, from settings alone."
+        "train",
+        help="train a network by MAML or another method",
+        description="Train a network by MAML or another method of the family, from settings alone.",
     )
     kinds = train.add_subparsers(title="tasks", dest="task", required=True)
     about = {
@@ -70,9 +73,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "checkpoint", type=Path, metavar="DIR", help="folder that fastmaml train wrote, or the checkpoint in it"
     )
     again.add_argument("--tasks", type=at_least(1), default=600, metavar="N", help="default %(default)s")
-    again.add_argument(
-        "--steps", type=at_least(0), default=10, metavar="N", help="most inner steps (default %(default)s)"
-    )
+    again.add_argument("--steps", type=at_least(0), metavar="N", help="most inner steps (default 10, or those of training where they are more)")
     again.add_argument("--split", choices=ALL_SPLITS, default="test", help="default %(default)s")
     again.add_argument("--seed", type=at_least(0), metavar="N", help="of the tasks (default: that of the run, plus 2)")
     _device(again)
@@ -119,9 +120,10 @@ def _train_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     number("tasks", 1, "tasks of a meta-iteration", default["tasks"])
     if task != "sinusoid":
         add("net", "fully connected or convolutional (default fc)", choices=("fc", "cnn"))
-    add("inner-lr", f"learning rate of the inner loop (default {default['inner_lr']})", type=positive, metavar="X")
-    number("inner-steps", 0, "steps of the inner loop", 1)
-    add("lr", f"Adam's learning rate (default {default['lr']})", type=positive, metavar="X")
+    add("method", f"what trains it (default MAML; inner rates, steps and --lr are then its paper's): {', '.join(METHODS)}", metavar="NAME")
+    add("inner-lr", f"learning rate of the inner loop (default {default['inner_lr']}, or the method's)", type=positive, metavar="X")
+    add("inner-steps", "steps of the inner loop (default 1, or the method's)", type=at_least(0), metavar="N")
+    add("lr", f"Adam's learning rate (default {default['lr']}; Reptile: of SGD)", type=positive, metavar="X")
     add("first-order", "without second derivatives (FOMAML)", action="store_true")
     number("seed", 0, "of weights and tasks", 0)
     number("validation", 0, "tasks of unseen classes for the learning curve", 100)

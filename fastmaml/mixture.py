@@ -87,12 +87,17 @@ class MixtureOutput:
         return mixed(rows, self.responsibilities, self._name, self.batch.ways)
 
     @property
-    def accuracy(self) -> Tensor:
-        """Mean over tasks of the share of right predictions of the mixture (classification)."""
+    def task_accuracy(self) -> Tensor:
+        """[tasks], the share of right predictions of the mixture (classification)."""
         if self._name != "cross_entropy":
-            raise AttributeError("accuracy exists for loss='cross_entropy'")
+            raise AttributeError("task_accuracy exists for loss='cross_entropy'")
         right = [(z.argmax(1) == y).float().mean() for z, (_, _, _, y) in zip(self.logits, self.batch, strict=True)]
-        return torch.stack(right).mean()
+        return torch.stack(right)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Mean of task_accuracy over tasks."""
+        return self.task_accuracy.mean()
 
 
 class MixtureAdapted:

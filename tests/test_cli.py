@@ -58,6 +58,22 @@ def test_omniglot(capsys, tmp_path, data):  # noqa: F811
     assert code == 0 and "5 validation tasks" in said and re.search(r"^ +1 +\d+\.\d+%   ± ", said, re.MULTILINE)
 
 
+def test_method(capsys, tmp_path):
+    """It is in the checkpoint: evaluate takes it from there, a run that goes on keeps it."""
+    out = tmp_path / "run"
+    code, said, errors = run(capsys, "train", "sinusoid", "--method", "MAMLPlusPlus", *SMALL, "--iterations", 5, "--inner-steps", 3, "--out", out)
+    assert code == 0 and not errors and said.startswith("sinusoid, 10-shot, SinusoidMLP, MAMLPlusPlus: 5 iterations")
+    code, said, errors = run(capsys, "evaluate", out, "--tasks", 5)
+    assert code == 0 and not errors and said.splitlines()[0].startswith("sinusoid, 10-shot, SinusoidMLP, MAMLPlusPlus after 5")
+    assert [int(line.split()[0]) for line in said.splitlines()[2:6]] == [0, 1, 2, 3] and "as in training" in said.splitlines()[5]
+    code, _, errors = run(capsys, "evaluate", out, "--steps", 4)
+    assert code == 2 and "steps=4: MAMLPlusPlus was trained with rates and norms for 3 inner steps" in errors
+    code, _, errors = run(capsys, "train", "sinusoid", "--out", out, "--resume", "--method", "ANIL")
+    assert code == 2 and "method='ANIL': the run in" in errors and "has 'MAMLPlusPlus', and keeps it" in errors
+    code, said, _ = run(capsys, "train", "sinusoid", "--out", out, "--resume", "--iterations", 7)
+    assert code == 0 and "goes on after iteration 5" in said
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_and_taken_up_again(number, code, capsys, tmp_path, monkeypatch):
     out = tmp_path / "run"
@@ -117,6 +133,10 @@ WRONG = [
     (("train", "sinusoid", "--seed", "x"), "--seed: 'x': expected an integer of at least 0"),
     (("train", "sinusoid", "--lr", "-1"), "--lr: '-1': expected a finite number above 0"),
     (("train", "sinusoid", "--inner-lr", "nan"), "--inner-lr: 'nan': expected a finite number above 0"),
+    (("train", "glyphs", "--method", "anil"), "method='anil': expected one of MAML, ANIL"),
+    (("train", "glyphs", "--method", "HeadOnly"), "method='HeadOnly' cannot be trained from nothing: its body is pretrained and frozen"),
+    (("train", "sinusoid", "--method", "Reptile", "--first-order"), "Reptile sets first_order itself"),
+    (("train", "sinusoid", "--method", "MAMLPlusPlus", "--inner-steps", "0"), "inner_steps=0: expected a whole number of at least 1"),
     (("train", "glyphs", "--net", "rnn"), "--net: invalid choice: 'rnn'"),
     (("train", "glyphs", "--backend", "gpu"), "--backend: invalid choice: 'gpu'"),
     (("train", "sinusoid", "--backend", "cuda"), "backend='cuda'"),

@@ -46,6 +46,9 @@ def omniglot(data: Path, **given) -> Settings:
 RUNS = {
     "sinusoid": lambda data: sinusoid(),
     "first order": lambda data: sinusoid(first_order=True, inner_steps=3),
+    "MT-nets": lambda data: sinusoid(method="MTNets", iterations=20),  # masks drawn for each task
+    "MAML++": lambda data: sinusoid(method="MAMLPlusPlus", iterations=20),
+    "Reptile": lambda data: sinusoid(method="Reptile", iterations=20),  # outer SGD
     "omniglot fc": lambda data: omniglot(data),
     "omniglot cnn": lambda data: omniglot(data, net="cnn", iterations=3, tasks=1, validation=1, inner_lr=0.1),
 }
@@ -333,6 +336,12 @@ def test_evaluation_refuses(finished):
 REFUSED = [
     (dict(task="chess"), "task='chess': expected one of sinusoid, glyphs, omniglot"),
     (dict(task="sinusoid", net="cnn"), "net='cnn': sinusoid has fc"),
+    (dict(task="sinusoid", method="SGD"), "method='SGD': expected one of MAML, ANIL, BOIL"),
+    (dict(task="glyphs", method="MTL"), "method='MTL' cannot be trained from nothing: its body is pretrained"),
+    (dict(task="glyphs", method="LEO"), "method='LEO' cannot be trained from nothing: it works on embeddings"),
+    (dict(task="sinusoid", method="ProtoMAML"), "method='ProtoMAML' needs classes"),
+    (dict(task="glyphs", method="MAMLPlusPlus", first_order=True), "first_order=True: MAMLPlusPlus has a schedule"),
+    (dict(task="sinusoid", inner_lr=None), "inner_lr=None: expected a finite number"),
     (dict(task="sinusoid", ways=5), "ways=5: sinusoid is a regression"),
     (dict(task="glyphs", net="rnn"), "net='rnn': glyphs has fc, cnn"),
     (dict(task="omniglot"), "data is missing.*images_background.zip"),

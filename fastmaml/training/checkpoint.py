@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file, written whole or not at all, that never needs pickle.
 
-    model.<parameter>                the meta-parameters, learned rates included
-    optimizer.<parameter>.<state>    Adam's step, exp_avg, exp_avg_sq
+    model.<parameter>                the meta-parameters, those of the method and learned rates included
+    model.parameterisation           the method's signature, but of one that adapts the network's own parameters: checked on load
+    optimizer.<parameter>.<state>    Adam's step, exp_avg, exp_avg_sq (Reptile: none)
     generator                        state of the task source's stream, uint8
 
 The facts (settings, iteration, log) are JSON in the file's metadata under "fastmaml".

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmaml.batch import check_count
 from fastmaml.tasks.device import check_device
-from fastmaml.training import checkpoint
+from fastmaml.training import checkpoint, methods
 from fastmaml.training.pictures import draw_evaluation, write_csv
 from fastmaml.training.settings import Settings
 from fastmaml.training.trainer import model_from, quiet_about_skipped
@@ -49,7 +49,7 @@ def evaluate(
     place: Path,
     *,
     tasks: int = 600,
-    steps: int = 10,
+    steps: int | None = None,
     split: str = "test",
     seed: int | None = None,
     data: str | None = None,
@@ -59,16 +59,21 @@ def evaluate(
     """The checkpoint ``place`` (or in the folder ``place``) on new tasks after 0 .. ``steps`` inner steps.
 
     Accuracy on the query rows, or their mean squared error; the interval is 1.96 standard errors of the mean over tasks.
-    seed: of the tasks; default: two above that of training. Writes evaluation.csv and evaluation.png beside the checkpoint.
+    steps: by default 10, or those of training where they are more or the network has no others (MAML++). seed: of the tasks; default: two above that of training. Writes evaluation.csv and evaluation.png beside the checkpoint.
     Raises CheckpointError, and ValueError naming the argument.
     """
-    check_count("tasks", tasks), check_count("steps", steps, 0)
+    check_count("tasks", tasks)
     path = checkpoint.path_of(place)
     tensors, facts = checkpoint.load(path)
     device = check_device(device)
     settings, maml = model_from(path, tensors, facts, data, device)
+    most = methods.most_steps(settings.method, settings.inner_steps)
+    steps = (most or max(10, settings.inner_steps)) if steps is None else check_count("steps", steps, 0)
+    if most is not None and steps > most:
+        raise ValueError(f"steps={steps}: {settings.method} was trained with rates and norms for {most} inner steps")
     maml.on_nonfinite = "skip"
-    source = settings.source(split, settings.seed + 2 if seed is None else check_count("seed", seed, 0), device)
+    seed = settings.seed + 2 if seed is None else check_count("seed", seed, 0)
+    source = settings.source(split, seed, device)
 
     from tqdm import tqdm
 
@@ -81,7 +86,7 @@ def evaluate(
         for start in range(0, tasks, AT_ONCE):
             batch = source.sample(min(AT_ONCE, tasks - start))
             for k, values in enumerate(found):
-                out = maml(batch, inner_steps=k)
+                out = maml(batch, inner_steps=k, **methods.task_seeds(settings.method, seed, start, len(batch)))
                 value = out.task_losses if settings.regression else out.task_accuracy
                 values.append(torch.where(out.finite.cpu(), value.cpu().double(), torch.nan))
             shown.update(len(batch))

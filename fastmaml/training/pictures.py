@@ -54,7 +54,8 @@ def draw_evaluation(path: Path, settings: Settings, result: Evaluation) -> Path:
     _measure(axes, settings)
     axes.set(xlabel="inner steps", xticks=steps if len(steps) < 25 else steps[:: len(steps) // 10])
     axes.set_title(f"{settings.describe()}\n{result.tasks} {result.split} tasks, mean and 95 % interval", fontsize=11)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     return save_figure(figure, path)
 
 

@@ -13,6 +13,7 @@ from fastmaml import nn
 from fastmaml.batch import check_count
 from fastmaml.maml import MAML
 from fastmaml.tasks import Glyphs, Omniglot, Sinusoid
+from fastmaml.training import methods
 
 # Sinusoid: cbfinn/maml. Glyphs, Omniglot: learn2learn's fully connected network.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -34,9 +35,9 @@ CHANGEABLE = ("iterations", "data", "on_nonfinite")  # when a run goes on; anyth
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One run. ``Settings.of(task, **given)`` fills in the defaults of the task; the rest is checked by what it is for.
+    """One run. ``Settings.of(task, **given)`` fills in the defaults of the method, then of the task; the rest is checked by what it is for.
 
-    data, split_by, rotations are Omniglot's; sinusoid has no ways. validation: how many tasks of unseen classes the
+    method: one of training.methods.NAMES; inner_lr=None: MetaSGD draws its own. data, split_by, rotations are Omniglot's; sinusoid has no ways. validation: how many tasks of unseen classes the
     learning curve is measured on (0: none).
     """
 
@@ -45,11 +46,12 @@ class Settings:
     shots: int
     queries: int
     tasks: int
-    inner_lr: float
+    inner_lr: float | None
     lr: float
     ways: int | None = None
     inner_steps: int = 1
     net: str = "fc"
+    method: str = "MAML"
     first_order: bool = False
     seed: int = 0
     backend: str = "auto"
@@ -63,12 +65,13 @@ class Settings:
     def of(cls, task: str, **given: Any) -> Settings:
         if task not in DEFAULTS:
             raise ValueError(f"task={task!r}: expected one of {', '.join(DEFAULTS)}")
-        return cls(task=task, **{**DEFAULTS[task], **given})
+        return cls(task=task, **{**DEFAULTS[task], **methods.defaults(given.get("method", "MAML")), **given})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
         """Of ``asdict``; ValueError for anything else."""
         known = {field.name for field in fields(cls)}
+        values = {"method": "MAML", **values} if isinstance(values, dict) else values  # that of runs before there was another
         if not isinstance(values, dict) or set(values) != known:
             raise ValueError("these are not the settings of a run of this version")
         return cls(**values)
@@ -79,6 +82,9 @@ class Settings:
         if (self.task, self.net) not in NETS:
             known = ", ".join(net for task, net in NETS if task == self.task)
             raise ValueError(f"net={self.net!r}: {self.task} has {known}")
+        methods.check(self.method, self.regression)
+        if self.method == "MAMLPlusPlus" and self.first_order:
+            raise ValueError("first_order=True: MAMLPlusPlus has a schedule that sets the order")
         if self.task == "sinusoid" and self.ways is not None:
             raise ValueError(f"ways={self.ways}: sinusoid is a regression and has none")
         if self.task == "omniglot" and self.data is None:
@@ -95,6 +101,8 @@ class Settings:
             check_count(name, getattr(self, name), least)
         for name in ("inner_lr", "lr"):
             value = getattr(self, name)
+            if value is None and name == "inner_lr" and self.method == "MetaSGD":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r}: expected a finite number above 0")
 
@@ -109,7 +117,8 @@ class Settings:
     def describe(self) -> str:
         """'omniglot, 5-way 1-shot, OmniglotFC'"""
         ways = f"{self.shots}-shot" if self.ways is None else f"{self.ways}-way {self.shots}-shot"
-        return f"{self.task}, {ways}, {NETS[self.task, self.net].__name__}{', first order' if self.first_order else ''}"
+        method = "" if self.method == "MAML" else f", {self.method}"
+        return f"{self.task}, {ways}, {NETS[self.task, self.net].__name__}{method}{', first order' if self.first_order else ''}"
 
     def source(self, split: str, seed: int, device: str | torch.device = "cpu") -> Sinusoid | Glyphs | Omniglot:
         """Tasks of ``split``, one of SPLITS[task], on ``device``."""
@@ -135,12 +144,14 @@ class Settings:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = net() if self.ways is None else net(ways=self.ways)
-        return MAML(
-            model.to(device),
-            inner_lr=self.inner_lr,
-            inner_steps=self.inner_steps,
-            loss="mse" if self.regression else "cross_entropy",
-            first_order=self.first_order,
-            backend=self.backend,
-            on_nonfinite=self.on_nonfinite,
-        )
+            return methods.make(
+                self.method,
+                model.to(device),
+                (1, 1) if self.regression else (28 * 28, self.ways),
+                inner_lr=self.inner_lr,
+                inner_steps=self.inner_steps,
+                loss="mse" if self.regression else "cross_entropy",
+                first_order=self.first_order,
+                backend=self.backend,
+                on_nonfinite=self.on_nonfinite,
+            )

@@ -1,4 +1,4 @@
-"""Trainer: meta-iterations with Adam, a log, and checkpoints from which a run goes on as if it had never stopped.
+"""Trainer: meta-iterations with Adam (Reptile: SGD), a log, and checkpoints from which a run goes on as if it had never stopped.
 
 Everything that a run depends on is in the checkpoint: settings, parameters, Adam's state, the task source's stream, the
 log and the sums since its last row. log.csv and curve.png are written from it.
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from fastmaml.batch import check_count
 from fastmaml.maml import MAML
+from fastmaml.methods import MAMLPlusPlusSchedule
 from fastmaml.output import NonFiniteError
 from fastmaml.tasks.device import check_device
-from fastmaml.training import checkpoint
+from fastmaml.training import checkpoint, methods
 from fastmaml.training.checkpoint import CheckpointError
 from fastmaml.training.pictures import draw_curve, write_csv
 from fastmaml.training.settings import CHANGEABLE, UNSEEN, Settings
@@ -67,7 +68,8 @@ class Trainer:
     def _start(self, settings: Settings, out: Path, device: torch.device) -> None:
         self.settings, self.out = settings, out
         self.maml = settings.maml(device)
-        self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=settings.lr)
+        self.schedule = MAMLPlusPlusSchedule(self.maml) if settings.method == "MAMLPlusPlus" else None
+        self.optimizer = methods.outer_optimizer(settings.method, self.maml, settings.lr)
         for p in self.maml.parameters():
             p.grad = torch.zeros_like(p)  # from the first iteration on meta_grad adds to what is there
         self.source = settings.training_source(device)
@@ -128,7 +130,10 @@ class Trainer:
         stream = self.source.generator.get_state()
         self.optimizer.zero_grad(set_to_none=False)
         try:
-            out = self.maml.meta_grad(self.source.sample())
+            if self.schedule:
+                self.schedule.begin(self.iteration // methods.EPOCH)
+            tasks = self.source.sample()
+            out = self.maml.meta_grad(tasks, **self._seeds(self.settings.seed, self.iteration * self.settings.tasks, len(tasks)))
         except BaseException:
             self.source.generator.set_state(stream)
             raise
@@ -140,16 +145,20 @@ class Trainer:
         sums["accuracy"] += 0.0 if self.settings.regression else float(out.accuracy)
         sums["not_finite"] += int((~out.finite).sum())
 
+    def _seeds(self, seed: int, first: int, tasks: int) -> dict[str, list[int]]:
+        return methods.task_seeds(self.settings.method, seed, first, tasks)
+
     def _add_row(self) -> None:
         sums, regression = self._sums, self.settings.regression
         row = dict.fromkeys(COLUMNS)
         row.update(iteration=self.iteration, loss=sums["loss"] / sums["count"], not_finite=sums["not_finite"])
         row.update(accuracy=None if regression else sums["accuracy"] / sums["count"], seconds=round(self.seconds, 3))
         if self.unseen is not None:
-            handling, self.maml.on_nonfinite = self.maml.on_nonfinite, "skip"
+            kept = self.maml.on_nonfinite, self.maml.step_loss_weights
+            self.maml.on_nonfinite, self.maml.step_loss_weights = "skip", None
             with torch.no_grad():
-                out = self.maml(self.unseen)
-            self.maml.on_nonfinite = handling
+                out = self.maml(self.unseen, **self._seeds(self.settings.seed + 1, 0, len(self.unseen)))
+            self.maml.on_nonfinite, self.maml.step_loss_weights = kept
             row.update(validation_loss=float(out.loss), validation_accuracy=None if regression else float(out.accuracy))
         self.log.append(row)
         self._sums = dict(count=0, loss=0.0, accuracy=0.0, not_finite=0)
