@@ -156,7 +156,7 @@ class MAML(Trained):
             for p, g in self._gradients(ran, ran.results, self._trained(ran)):
                 if g is not None:
                     p.grad = g if p.grad is None else p.grad.add_(g)
-        return MetaOutput(ran.call, ran.results)
+        return self._output(ran)
 
     def adapt(
         self,
@@ -313,12 +313,20 @@ class MAML(Trained):
         return [(key, p) for key, p in named if p.requires_grad]
 
     @staticmethod
-    def _gradients(ran: Ran, results: Results, trained: list[tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor | None]]:
+    def _output(ran: Ran) -> MetaOutput:
+        out = MetaOutput(ran.call, ran.results)
+        if ran.prologue is not None and ran.prologue.penalty is not None and out.loss is not None:
+            out.penalty = ran.prologue.penalty.detach()
+            out.loss = out.loss + ran.prologue.added(ran.results, ran.call).detach()
+        return out
+
+    @staticmethod
+    def _gradients(ran: Ran, results: Results, trained: list[tuple[str, Tensor]], penalty: bool = True) -> list[tuple[Tensor, Tensor | None]]:
         """(parameter or rate, its gradient) of what is trained; None where torch would give none."""
         found = [(p, gradient_of(results, key, p)) for key, p in trained]
         if ran.prologue is None:
             return found
-        more = ran.prologue.pull_back(results, ran.call, [p for _, p in trained])
+        more = ran.prologue.pull_back(results, ran.call, [p for _, p in trained], penalty)
         return [(p, h if g is None else g if h is None else g + h) for (p, g), h in zip(found, more, strict=True)]
 
     def _check_finite(self, results: Results) -> None:
@@ -334,7 +342,7 @@ class MAML(Trained):
         if outer_loss is not None:
             return self._call_outer(tasks, settings, outer_loss, given, grad)
         ran = self._run(tasks, "train" if grad else "evaluate", given=given, **settings)
-        out = MetaOutput(ran.call, ran.results)
+        out = self._output(ran)
         pairs = [(p, g) for p, g in self._gradients(ran, ran.results, self._trained(ran)) if g is not None] if grad else []
         if pairs:
             parameters, gradients = zip(*pairs, strict=True)
@@ -358,11 +366,13 @@ class MAML(Trained):
             split = list(dlogits.split(list(batch.query_sizes)))
             results = without_autocast(dlogits.device, ran.runner.executor.reverse, ran.results.state, split)
             self._check_finite(results)
-            return [g for _, g in self._gradients(ran, results, trained)]
+            return [g for _, g in self._gradients(ran, results, trained, penalty=False)]
 
         logits = OuterLogits.apply((out.joined_logits,), reverse, *parameters) if parameters else out.joined_logits
         loss = outer_loss(per_task(logits, batch.query_sizes), per_task(batch.query_y, batch.query_sizes))
         options.check_scalar(loss)
+        if ran.prologue is not None and ran.prologue.penalty is not None:  # autograd takes its gradient, as that of the user's loss
+            out.penalty, loss = ran.prologue.penalty.detach(), loss + ran.prologue.added(ran.results, ran.call)
         out.loss = loss
         if self.loss.name == "cross_entropy" and out.correct is None and options.are_labels(batch.query_y):
             out.correct = correct_of(logits.detach(), batch)

@@ -132,10 +132,11 @@ def MMAML(model: nn.Module, encoder: nn.Module, *, size: int | None = None, laye
     return MAML(model, parameterisation=Modulation(encoder, size, layers), **options)
 
 
-def HSML(model: nn.Module, encoder: nn.Module, *, size: int | None = None, clusters: tuple[int, int] = (4, 2), **options: Any) -> MAML:
-    """Hierarchically Structured Meta-Learning (Yao et al. 2019), without its reconstruction loss: the task's place in a hierarchy of clusters gates the
-    initialisation, theta_0 * eta(task)."""
-    return MAML(model, parameterisation=Gated(encoder, size, clusters), **options)
+def HSML(model: nn.Module, encoder: nn.Module, *, size: int | None = None, clusters: tuple[int, int] = (4, 2), reconstruction: float | None = None, **options: Any) -> MAML:
+    """Hierarchically Structured Meta-Learning (Yao et al. 2019): the task's place in a hierarchy of clusters gates the initialisation, theta_0 * eta(task).
+    An encoder with a decoder, as ``fastmaml.parameterisation.SetEncoder(inputs, targets, decoder=True)``, adds ``reconstruction`` (the authors: 0.01) times
+    its reconstruction loss to the outer loss."""
+    return MAML(model, parameterisation=Gated(encoder, size, clusters, reconstruction), **options)
 
 
 def Mixture(model: nn.Module, *, components: int = 3, temperature: float = 1.0, **options: Any) -> MixtureMAML:

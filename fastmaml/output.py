@@ -40,17 +40,19 @@ class MetaOutput:
     logits          [tasks, n_query, ...] of the adapted networks; a tuple of [n_query, ...], one per task, where tasks differ in size
     task_losses     [tasks] outer losses (multi-step: the weighted sums); None with outer_loss=
     support_losses  [tasks, inner_steps] inner losses before each step
+    penalty         [tasks] what the parameterisation adds to the outer loss, in ``loss`` and not in ``task_losses`` (HSML's reconstruction), or None
     finite          [tasks] bool: tasks that are in the sums
     correct         [tasks] right predictions (classification), or None
     executor, precision   what ran
     """
 
-    __slots__ = ("_guarded", "_values", "batch", "correct", "executor", "finite", "loss", "parameters", "precision")
+    __slots__ = ("_guarded", "_values", "batch", "correct", "executor", "finite", "loss", "parameters", "penalty", "precision")
 
     def __init__(self, call: Call, results: Results) -> None:
         self._values, self._guarded = results.values, {}
         self.finite, self.executor, self.batch = results.finite, results.executor, call.batch
         self.precision = results.precision or ("highest" if results.values["logits"].dtype is torch.float32 else "float64")
+        self.penalty: Tensor | None = None
         self.parameters: tuple[Tensor, ...] = ()  # of which the outputs are no constants: they refuse to be differentiated
         self.correct = results.values.get("correct")
         self.loss = self._loss(call, results.all_finite)

@@ -31,6 +31,7 @@ class PlainLoop:
         self.wanted = {name: p for name, p in self.parameters.items() if p.requires_grad and name in trained}
         self.wanted |= {name: v for name, v in maml.rates.values.items() if isinstance(v, nn.Parameter)}
         self.dtype = next(iter(self.parameters.values())).dtype
+        self.penalty: Any = 0.0  # what the parameterisation adds to the outer loss of the task
         self.support_rows: int | None = None  # while query rows run behind support rows
         for norm in self.model.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.weight is None and norm.bias is not None:
@@ -49,7 +50,7 @@ class PlainLoop:
             weights, _ = options.check_step_weights(self.maml.step_loss_weights, self.steps)
         theta = start = self._start(t)
         velocity: dict[str, Tensor] = {}
-        outer: Any = 0.0
+        outer: Any = self.penalty
         for k in range(self.steps + 1):
             if weights[k]:
                 self._at_step(max(k - 1, 0))

@@ -1,6 +1,7 @@
 """The prologue of a parameterisation: leaves of each task as torch functions of what is outer-learned, and the way back through them.
 
-The Plan takes these leaves as they are and returns the gradient of each, per task; autograd carries it on to the parameters.
+The Plan takes these leaves as they are and returns the gradient of each, per task; autograd carries it on to the parameters. A penalty that the prologue
+adds to the outer loss never enters the Plan.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from torch import Tensor
 from fastmaml.engine import Runner
 from fastmaml.executors.call import Call, Results
 from fastmaml.executors.evaluate import evaluate
-from fastmaml.parameterisation import Tasks
+from fastmaml.parameterisation import PENALTY, Tasks
 
 
 class Prologue:
-    """The leaves of the tasks of one call. ``leaves``: [tasks, ...] by name, without graph."""
+    """The leaves of the tasks of one call. ``leaves``: [tasks, ...] by name, without graph; ``penalty``: [tasks] with its graph, or None."""
 
     def __init__(self, runner: Runner, batch: Any, leaves: Mapping[str, Tensor], rates: Mapping[str, Tensor], seeds: Sequence[int], train: bool) -> None:
         view = runner.view
@@ -26,6 +27,9 @@ class Prologue:
         named = {name: rates[rate.name] for name, rate in runner.given_rates.items()}
         with torch.set_grad_enabled(train):
             made = dict(view.parameterisation.prologue(Tasks(batch, given, named, seeds, lambda t, weight: inputs_of(runner, given, batch, t, weight))))
+        self.penalty: Tensor | None = made.pop(PENALTY, None)
+        if self.penalty is not None and tuple(self.penalty.shape) != (len(batch),):
+            raise ValueError(f"the prologue of {view.parameterisation.signature} gives a penalty in shape {list(self.penalty.shape)}: expected [{len(batch)}]")
         missing = runner.own - made.keys()
         if missing:
             raise ValueError(f"the prologue of {view.parameterisation.signature} gives no {sorted(missing)[0]!r}")
@@ -36,14 +40,29 @@ class Prologue:
                 raise ValueError(f"the prologue of {view.parameterisation.signature} gives {name!r} in shape {list(value.shape)}: expected {list(expected)}")
         self.leaves = {name: value.detach() for name, value in self._made.items()}
 
-    def pull_back(self, results: Results, call: Call, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """The share of the parameters' gradients that flows through the leaves of the tasks. A task that is not finite gives none."""
+    def added(self, results: Results, call: Call) -> Tensor | float:
+        """What the penalty adds to the outer loss: by the tasks' weights (to one of the user's own, its mean), without those that are not finite."""
+        if self.penalty is None:
+            return 0.0
+        weights = 1 / len(call.batch) if call.total else self._weights(call, self.penalty)
+        return (torch.where(results.finite.to(self.penalty.device), self.penalty, 0.0) * weights).sum()
+
+    @staticmethod
+    def _weights(call: Call, like: Tensor) -> Tensor:
         weights = [call.task_weight(t) for t in range(len(call.batch))]
+        return torch.tensor(weights, dtype=like.dtype, device=like.device)
+
+    def pull_back(self, results: Results, call: Call, parameters: Sequence[Tensor], penalty: bool) -> list[Tensor | None]:
+        """The share of the parameters' gradients that flows through the leaves of the tasks, and through the ``penalty`` where it is asked for. A task that
+        is not finite gives none."""
         outputs, cotangents = [], []
+        if penalty and self.penalty is not None and self.penalty.requires_grad:
+            outputs.append(self.penalty)
+            cotangents.append(torch.where(results.finite.to(self.penalty.device), self._weights(call, self.penalty), 0.0))
         for name, value in self._made.items():
             g = results.values.get(f"grad.{name}")
             if g is not None and value.requires_grad:
-                w = torch.tensor(weights, dtype=g.dtype, device=g.device).view(-1, *[1] * (g.dim() - 1))
+                w = self._weights(call, g).view(-1, *[1] * (g.dim() - 1))
                 finite = results.finite.to(g.device).view_as(w)
                 outputs.append(value)
                 cotangents.append(torch.where(finite, w * g, 0.0).reshape(value.shape))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors.evaluate import evaluate
-from fastmaml.parameterisation import Tasks
+from fastmaml.parameterisation import PENALTY, Tasks
 from fastmaml.plain_loop import PlainLoop, Theta
 from fastmaml.prologue import inputs_of
 
@@ -36,7 +36,8 @@ class RewrittenLoop(PlainLoop):
             one, values = self.batch.select([t]), self.maml.rates.tensors(self.steps)
             rates = {name: values[rate.name] for name, rate in self.maml.rates.rates.items()}
             tasks = Tasks(one, self.parameters, rates, [self.seeds[t]], lambda i, weight: inputs_of(runner, self.parameters, one, i, weight))
-            found = self.maml.parameterisation.prologue(tasks)
+            found = dict(self.maml.parameterisation.prologue(tasks))
+            self.penalty = found.pop(PENALTY)[0] if PENALTY in found else 0.0
             made = {name: found[name][0] for name in runner.own}
         theta = {**runner.leaf_values(None), **made}
         adapted = {name: theta[name] for name in self.maml.rates.rates}  # cloned: the inner gradient goes not through what the prologue made of them

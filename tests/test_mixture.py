@@ -13,6 +13,7 @@ from test_maml import BOUND
 from torch import nn
 
 from fastmaml import methods
+from fastmaml.parameterisation import SetEncoder
 
 
 def embedded(w, name: str, x, y):
@@ -55,11 +56,8 @@ def test_mmaml(how, loss: str) -> None:
         torch.testing.assert_close(adapted.module(t)(tasks[2][t].to(how[1])), logits, **close)
 
 
-@backends
-def test_hsml(how) -> None:
+def gated(tasks):
     """Yao et al. 2019: theta begins at theta_0 * sigmoid(W [g, h] + b)."""
-    maml = methods.HSML(mlp().to(how[1]), encoder(), clusters=(3, 2), **options(how))
-    tasks = classify()
 
     def start(w, t):
         p = lambda n: w[f"hsml.{n}"]  # noqa: E731
@@ -73,7 +71,104 @@ def test_hsml(how) -> None:
         gates = [torch.sigmoid(F.linear(both, p(f"gates.{i}.weight"), p(f"gates.{i}.bias"))) for i in range(len(NAMES))]
         return {f"hsml.{n}": w[n] * gate.view_as(w[n]) for n, gate in zip(NAMES, gates, strict=True)}
 
-    agrees(maml, tasks, lambda w, phi, x: families.mlp({**w, **{n: phi[f"hsml.{n}"] for n in NAMES}}, x), start)
+    return lambda w, phi, x: families.mlp({**w, **{n: phi[f"hsml.{n}"] for n in NAMES}}, x), start
+
+
+@backends
+def test_hsml(how) -> None:
+    maml = methods.HSML(mlp().to(how[1]), encoder(), clusters=(3, 2), **options(how))
+    assert maml.parameterisation.reconstruction == 0
+    agrees(maml, classify(), *gated(classify()))
+
+
+def decoded(w, x, y):
+    """The pooling autoencoder of the authors' code: half the mean squared error of rows and targets."""
+    p = lambda n: w[f"hsml.encoder.{n}"]  # noqa: E731
+    rows = torch.cat([x, y if y.is_floating_point() else F.one_hot(y, 4).double()], 1)
+    h = torch.relu(F.linear(torch.relu(F.linear(rows, p("rows.0.weight"), p("rows.0.bias"))), p("rows.2.weight"), p("rows.2.bias")))
+    back = F.linear(torch.relu(F.linear(h, p("back.0.weight"), p("back.0.bias"))), p("back.2.weight"), p("back.2.bias"))
+    return ((rows - back) ** 2).mean() / 2
+
+
+@backends
+@pytest.mark.parametrize("weights", [None, [0.5, 0.2, 1.1]], ids=["mean", "weights"])
+def test_hsml_with_its_reconstruction_loss(how, weights) -> None:
+    """L_Q + xi L_r, in every way of calling; xi large, so that neither hides the other."""
+    torch.manual_seed(3)
+    auto = SetEncoder(3, 4, size=6, hidden=10, decoder=True)
+    maml = methods.HSML(mlp().to(how[1]), auto, clusters=(3, 2), reconstruction=2.0, **options(how))
+    tasks = classify()
+    forward, start = gated(tasks)
+    penalties = []
+
+    def start_and_penalty(w, t):
+        penalties.append((weights[t] if weights else 1 / 3) * 2.0 * decoded(w, tasks[0][t].double(), tasks[1][t]))
+        return start(w, t)
+
+    w = {}
+    loss, expected, _ = truth(maml, tasks, forward, lambda v, t: (w.update(v), start_and_penalty(v, t))[1], lr=0.3, steps=3, weights=weights)
+    names = list(expected)
+    of_penalty = torch.autograd.grad(sum(penalties), [w[n] for n in names], allow_unused=True)
+    expected = {n: h if g is None else g if h is None else g + h for (n, g), h in zip(expected.items(), of_penalty, strict=True)}
+    whole = float(loss + sum(penalties).detach())
+
+    def outer(logits, y):
+        return sum((weights[t] if weights else 1 / 3) * F.cross_entropy(logits[t], y[t]) for t in range(3))
+
+    calls = {
+        "backward": lambda: maml(tasks, task_weights=weights),
+        "scaled": lambda: maml(tasks, task_weights=weights),
+        "meta_grad": lambda: maml.meta_grad(tasks, task_weights=weights),
+    }
+    if weights is None:
+        calls |= {"outer_loss": lambda: maml(tasks, outer_loss=outer), "outer_loss scaled": lambda: maml(tasks, outer_loss=outer)}
+    for name, call in calls.items():
+        out = call()
+        assert float(out.loss.detach()) == pytest.approx(whole, rel=1e-5), name
+        assert out.penalty.shape == (3,) and not out.penalty.requires_grad
+        times = 3.0 if "scaled" in name else 1.0
+        if name != "meta_grad":
+            (times * out.loss).backward()
+        found = {n: None if g is None else g / times for n, g in grads(maml).items()}
+        assert families.distance(found, expected) <= BOUND[how[1]], name
+    with torch.no_grad():
+        out = maml(tasks, task_weights=weights)
+    assert float(out.loss) == pytest.approx(whole, rel=1e-5)
+    shares = torch.tensor(weights or [1 / 3] * 3).to(out.task_losses)
+    assert float(out.task_losses @ shares) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_reconstruction_is_verified_kept_and_refused() -> None:
+    def auto() -> SetEncoder:
+        return SetEncoder(3, 4, size=6, hidden=10, decoder=True)
+
+    maml = methods.HSML(mlp(), auto(), **options(["cpu"]))
+    assert maml.parameterisation.signature == "hsml(size=6, clusters=(4, 2), reconstruction=0.01)"  # the authors' weight
+    assert methods.HSML(mlp(), auto(), reconstruction=0).parameterisation.signature == "hsml(size=6, clusters=(4, 2))"
+    said = methods.HSML(mlp(), auto(), reconstruction=5.0, **options(["cpu"])).verify(classify(), repeats=1)
+    assert said.ok and said.plan_error <= 1e-11
+    with pytest.raises(RuntimeError, match="was saved with parameterisation hsml.*reconstruction=0.01"):
+        methods.HSML(mlp(), auto(), reconstruction=0.5).load_state_dict(maml.state_dict())
+    with pytest.raises(ValueError, match=r"reconstruction=0.01 needs an encoder with autoencode.*SetEncoder has none"):
+        methods.HSML(mlp(), encoder(), reconstruction=0.01)
+    with pytest.raises(ValueError, match="reconstruction=-1: expected a finite number of at least 0"):
+        methods.HSML(mlp(), auto(), reconstruction=-1)
+    with pytest.raises(ValueError, match="this SetEncoder has no decoder"):
+        encoder().autoencode(*classify()[0][:1], classify()[1][0])
+
+
+def test_a_task_that_is_not_finite_adds_no_penalty() -> None:
+    torch.manual_seed(3)
+    maml = methods.HSML(mlp(), SetEncoder(3, 4, size=6, hidden=10, decoder=True), reconstruction=2.0, on_nonfinite="skip", **options(["cpu"]))
+    tasks = classify()
+    broken = [v.clone() for v in tasks]
+    broken[2][1] = float("nan")  # its query rows
+    share = 2 / 3
+    with pytest.warns(UserWarning, match="not finite"):
+        maml.meta_grad(broken)
+    found = {n: None if g is None else g / share for n, g in grads(maml).items()}
+    maml.meta_grad([v[[0, 2]] for v in tasks])
+    assert families.distance(found, {n: None if g is None else g.double() for n, g in grads(maml).items()}) <= 1e-5
 
 
 @backends

@@ -49,7 +49,7 @@ def test_it_is_the_constructors(method: str) -> None:
     """The same meta-gradient as of the object that one builds by hand from the same network and numbers."""
     settings = settings_of(method)
     maml = settings.maml()
-    encoder = (SetEncoder(1, 1),) if method in ("MMAML", "HSML") else ()
+    encoder = (SetEncoder(1, 1, decoder=method == "HSML"),) if method in ("MMAML", "HSML") else ()
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         net = type(maml.model)(ways=3) if settings.ways else type(maml.model)()

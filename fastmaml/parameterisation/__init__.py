@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastmaml.parameterisation.base import Kind, Network, Parameterisation, Tasks
+from fastmaml.parameterisation.base import PENALTY, Kind, Network, Parameterisation, Tasks
 from fastmaml.parameterisation.composed import Composed
 from fastmaml.parameterisation.heads import Head
 from fastmaml.parameterisation.layerwise import Layerwise
@@ -26,6 +26,7 @@ NAMES: dict[str, Callable[[], Parameterisation]] = {
 
 __all__ = [
     "NAMES",
+    "PENALTY",
     "Basis",
     "Composed",
     "Context",

@@ -8,7 +8,8 @@ A subclass says three things, and neither the planner nor an executor has to kno
 
 What the Program cannot express, such as a mask that is drawn or an encoder of the support set, is a fourth, in plain torch:
 
-    prologue(tasks)    {name: [tasks, ...]}, the values of the leaves declared with ``per_task``, as differentiable functions of what is outer-learned
+    prologue(tasks)    {name: [tasks, ...]}, the values of the leaves declared with ``per_task``, as differentiable functions of what is outer-learned;
+                       under ``PENALTY`` [tasks], where there is one, what is added to the outer loss of each task
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from fastmaml.program import ROLES
 
 if TYPE_CHECKING:
     from fastmaml.parameterisation.rewriter import Rewriter
+
+
+PENALTY = "penalty"
 
 
 class Kind(NamedTuple):
@@ -135,7 +139,7 @@ class Parameterisation(nn.Module):
         """Substitutes leaves by expressions, or inserts layers."""
 
     def prologue(self, tasks: Tasks) -> Mapping[str, Tensor]:
-        """Values of the leaves of each task."""
+        """Values of the leaves of each task, and a penalty: see above."""
         return {}
 
     def sources(self) -> list[Tensor]:

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmaml.parameterisation.base import Kind, Network, Parameterisation, Tasks
+from fastmaml.parameterisation.base import PENALTY, Kind, Network, Parameterisation, Tasks
 from fastmaml.parameterisation.rewriter import Rewriter
 
 
 class SetEncoder(nn.Module):
     """A support set as a vector: each row with its target through two layers, then their mean, then a layer.
 
-    x [n, ...] with ``inputs`` numbers per row, y [n] labels of ``targets`` classes or [n, targets] numbers -> [size]."""
+    x [n, ...] with ``inputs`` numbers per row, y [n] labels of ``targets`` classes or [n, targets] numbers -> [size].
 
-    def __init__(self, inputs: int, targets: int, size: int = 32, hidden: int = 64) -> None:
+    decoder   two more layers that make each row and its target again from what the first two made of them (HSML's pooling autoencoder):
+              ``autoencode(x, y)`` -> (the vector, half the mean squared error of the rows and targets made again)
+    """
+
+    def __init__(self, inputs: int, targets: int, size: int = 32, hidden: int = 64, decoder: bool = False) -> None:
         super().__init__()
         self.targets, self.size = targets, size
         self.rows = nn.Sequential(nn.Linear(inputs + targets, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         self.out = nn.Linear(hidden, size)
+        self.back = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, inputs + targets)) if decoder else None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.out(self.rows(self._joined(x, y)).mean(0))
+
+    def autoencode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.back is None:
+            raise ValueError("this SetEncoder has no decoder: build it with SetEncoder(..., decoder=True)")
+        joined = self._joined(x, y)
+        rows = self.rows(joined)
+        return self.out(rows.mean(0)), (joined - self.back(rows)).square().mean() / 2
+
+    def _joined(self, x: Tensor, y: Tensor) -> Tensor:
         y = y.flatten(1) if y.is_floating_point() else nn.functional.one_hot(y.long(), self.targets)
-        return self.out(self.rows(torch.cat([x.flatten(1), y.to(x)], 1)).mean(0))
+        return torch.cat([x.flatten(1), y.to(x)], 1)
 
 
 class Encoded(Parameterisation):
@@ -42,14 +57,19 @@ class Encoded(Parameterisation):
 
     def embeddings(self, tasks: Tasks) -> Tensor:
         """[tasks, size]"""
-        like = next(self.encoder.parameters())
-        out = []
+        return self._of_each(tasks, self.encoder)[0]
+
+    def _of_each(self, tasks: Tasks, encode: Callable[[Tensor, Tensor], Any]) -> tuple[Tensor, list[Any]]:
+        """(embeddings [tasks, size], what ``encode`` returns for each task beside them)"""
+        like, out, beside = next(self.encoder.parameters()), [], []
         for t in range(len(tasks)):
             x, y = tasks.batch.task(t)[:2]
-            out.append(self.encoder(x.to(like), y.to(like) if y.is_floating_point() else y))
+            found = encode(x.to(like), y.to(like) if y.is_floating_point() else y)
+            out.append(found[0] if isinstance(found, tuple) else found)
+            beside.append(found[1] if isinstance(found, tuple) else None)
         if any(tuple(e.shape) != (self.size,) for e in out):
             raise ValueError(f"encoder returns {list(out[0].shape)} for the support set of a task: expected [{self.size}]")
-        return torch.stack(out)
+        return torch.stack(out), beside
 
 
 class Modulation(Encoded):
@@ -97,19 +117,28 @@ class Gated(Encoded):
 
     clusters   of the two levels above the task: p_k = softmax_k(-|g - c_k|^2 / 2), h_k = p_k tanh(W_k g + b_k), and again from these to the second level,
                whose sum goes to the root
-    The paper's reconstruction loss of the encoder is not part of this: add it to an outer loss of your own, or train the encoder by the meta-loss alone.
+    reconstruction   xi: the outer loss of each task is L_Q + xi L_r, L_r the reconstruction loss that ``encoder.autoencode(x, y) -> ([size], L_r)`` returns
+                     beside the embedding (``SetEncoder(..., decoder=True)`` has one). None: the authors' 0.01 where the encoder can, else 0
     """
 
     name = "hsml"
 
-    def __init__(self, encoder: nn.Module, size: int | None = None, clusters: tuple[int, int] = (4, 2)) -> None:
+    def __init__(self, encoder: nn.Module, size: int | None = None, clusters: tuple[int, int] = (4, 2), reconstruction: float | None = None) -> None:
         super().__init__(encoder, size)
+        can = callable(getattr(encoder, "autoencode", None)) and not (isinstance(encoder, SetEncoder) and encoder.back is None)
+        if reconstruction is not None and (isinstance(reconstruction, bool) or not 0 <= reconstruction < float("inf")):
+            raise ValueError(f"reconstruction={reconstruction!r}: expected a finite number of at least 0, or None")
+        if reconstruction and not can:
+            raise ValueError(
+                f"reconstruction={reconstruction!r} needs an encoder with autoencode(x, y) -> ([size], loss), as SetEncoder(..., decoder=True): {type(encoder).__name__} has none"
+            )
+        self.reconstruction = float((0.01 if can else 0.0) if reconstruction is None else reconstruction)
         if len(tuple(clusters)) != 2 or min(clusters) < 1:
             raise ValueError(f"clusters={clusters!r}: expected two whole numbers of at least 1, for the two levels")
         self.clusters = tuple(clusters)
 
     def settings(self) -> Mapping[str, Any]:
-        return {"size": self.size, "clusters": self.clusters}
+        return {"size": self.size, "clusters": self.clusters, **({"reconstruction": self.reconstruction} if self.reconstruction else {})}
 
     def declare(self, network: Network) -> None:
         self._names = network.matched
@@ -131,7 +160,7 @@ class Gated(Encoded):
             r.substitute(name, r.own(name))
 
     def prologue(self, tasks: Tasks) -> Mapping[str, Tensor]:
-        g = self.embeddings(tasks)
+        g, losses = self._of_each(tasks, self.encoder.autoencode if self.reconstruction else self.encoder)
         h = g[:, None]
         for level in self.levels:
             h = level(h)
@@ -139,7 +168,7 @@ class Gated(Encoded):
         for name, gate in zip(self._names, self.gates, strict=True):
             p = tasks.parameters[name]
             out[f"{self.name}.{name}"] = p * torch.sigmoid(gate(both)).view(len(tasks), *p.shape)
-        return out
+        return out | ({PENALTY: self.reconstruction * torch.stack(losses)} if self.reconstruction else {})
 
 
 class _Level(nn.Module):

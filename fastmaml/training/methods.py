@@ -44,7 +44,7 @@ def defaults(method: str) -> dict[str, Any]:
 
 def make(method: str, model: nn.Module, sample: tuple[int, int], **options: Any) -> MAML:
     """``sample``: numbers of one input, and classes or numbers of one target, for the encoder of those that have one."""
-    encoder = (SetEncoder(*sample),) if method in ("MMAML", "HSML") else ()
+    encoder = (SetEncoder(*sample, decoder=method == "HSML"),) if method in ("MMAML", "HSML") else ()
     if method == "CAVIA" and any(isinstance(m, nn.Conv2d) for m in model.modules()):
         options |= {"context": 100, "layers": "block3.conv.weight"}  # the paper's, for convolutional networks
     if not options["first_order"]:
