@@ -13,6 +13,7 @@ from fastmaml.batch import TaskBatch
 from fastmaml.engine import Runner
 from fastmaml.executors.call import Call
 from fastmaml.executors.evaluate import evaluate
+from fastmaml.nn import StepBatchNorm
 
 
 class AdaptedModel:
@@ -72,6 +73,8 @@ class AdaptedModel:
         leaves = {**{n: w[t] for n, w in self.weights.items()}, **{n: v[t] if n in own else v for n, v in self._others.items()}}
         made = evaluate(found.everything, leaves, found.weights.values())
         module = copy.deepcopy(self._predict.view.model)
+        for norm in (m for m in module.modules() if isinstance(m, StepBatchNorm)):
+            norm.step = max(self.support_losses.shape[1], 1) - 1  # of the last step that was taken
         parameters = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         with torch.no_grad():
             for name, value in {**leaves, **dict(zip(found.weights, made, strict=True))}.items():

@@ -164,6 +164,8 @@ def record_statistics(maml: MAML, tasks: Any) -> None:
     In their order: task by task, and in each step k by step: the support rows at theta_k go to row k, then the query rows at theta_k+1 to the same row, after
     every step with ``step_loss_weights``, else after the last. Each batch is one update by the norm's momentum (0.1), with the variance of n - 1. All
     normalise by their batch on the way, whatever ``batchnorm`` says. Recorded over a few meta-batches after training they are of the weights as they are.
+    They are for predictions, of ``maml.adapt(..., batchnorm="batch").module(t).eval()``, or to go on training by: an inner loop that was trained by the
+    batch overshoots with ``batchnorm="running"``.
 
     tasks   what ``maml(tasks)`` takes. Raises ValueError where no norm has running statistics, or the parameterisation writes their affines anew.
     """

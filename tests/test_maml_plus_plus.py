@@ -141,6 +141,12 @@ def test_gradient_with_running_statistics(how, weights: list[float] | None) -> N
         logits = maml(data, inner_steps=2).logits if weights is None else adapted(data[2].to(how[1]))
         torch.testing.assert_close(adapted(data[2].to(how[1])), logits, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(adapted.module(1).eval()(data[2][1].to(how[1])), logits[1], rtol=1e-4, atol=1e-5)
+        by_batch = maml.adapt(*data[:2], inner_steps=2, batchnorm="batch").module(1).eval()  # adapted by the batch, predicts by the row of its last step
+        theta = dict(by_batch.named_parameters())
+        for norm in (m for m in model.modules() if isinstance(m, nets.StepBatchNorm)):
+            norm.step = 1
+        expected = functional_call(copy.deepcopy(model).eval(), theta, (data[2][1].to(how[1]),))
+        torch.testing.assert_close(by_batch(data[2][1].to(how[1])), expected, rtol=1e-4, atol=1e-5)
 
 
 @backends
