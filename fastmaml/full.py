@@ -34,7 +34,8 @@ def Reptile(model: nn.Module, *, inner_lr: Any = 0.02, inner_steps: int = 5, **o
 
     The tasks may come without a query set, as (support_x [tasks, n, ...], support_y [tasks, n]); ``out.loss`` is then the support loss at theta_K, and with a
     query set the query loss, which is reported and nothing more. Defaults: the sinusoids of the paper (inner rate 0.02, 5 steps, epsilon 0.1). Every step sees
-    the whole support set; the paper's minibatches within a task, and its Adam, are not there: SGD has the momentum of ``inner_optimizer``.
+    the whole support set; the paper's minibatches within a task are not there (an executor reads the rows of a task once for a call, the same for all steps),
+    nor its Adam: SGD has the momentum of ``inner_optimizer``.
 
     Raises ValueError for what has no meaning here (learned rates, losses of steps or of the user's own, parameters that are not adapted).
     """

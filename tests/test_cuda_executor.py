@@ -376,3 +376,24 @@ def test_one_net_of_every_depth() -> None:
         values = executor.forward(Call(TaskBatch.of((x, y, x, y)), leaves, maml.rates.at(2, None, maml._engine.view()))).values
         for name, p in theirs.named_parameters():
             assert float((values[f"grad.{name}"] - p.grad).norm()) <= 1e-4 * float(p.grad.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("steps", [4, 2])
+@pytest.mark.parametrize("batchnorm", ["running", "batch"])
+def test_norms_for_each_step(batchnorm: str, steps: int, monkeypatch) -> None:
+    """MAML++: affine and running statistics of each step, of which the first ``steps`` are read."""
+    torch.manual_seed(0)
+    model = nets.per_step_batchnorm(torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.BatchNorm1d(9), torch.nn.ReLU(), torch.nn.Linear(9, 4)), 4, statistics=True)
+    with torch.no_grad():
+        for v in (*model.parameters(), *model.buffers()):
+            v.add_(0.2 * torch.rand_like(v))
+    data = (torch.randn(3, 8, 6), torch.randint(4, (3, 8)), torch.randn(3, 7, 6), torch.randint(4, (3, 7)))
+    options = {"inner_steps": steps, "per_step_norms": False, "batchnorm": batchnorm}
+    truth = fastmaml.methods.MAMLPlusPlus(copy.deepcopy(model).double(), backend="torch", **options)
+    maml = fastmaml.methods.MAMLPlusPlus(model, **options)
+    truth.meta_grad(data)
+    monkeypatch.setattr(engine, "choose", lambda backend, plan, *_: on_host(plan))
+    assert maml.meta_grad(data).executor == "cuda"
+    expected = torch.cat([p.grad.flatten() for p in truth.parameters()])
+    found = torch.cat([p.grad.flatten() for p in maml.parameters()])
+    assert float((found - expected).norm() / expected.norm()) <= 1e-5

@@ -98,6 +98,16 @@ def test_schedule_of_maml_plus_plus(tmp_path) -> None:
         assert trainer.log[-1]["validation_loss"] == float(trainer.maml(trainer.unseen).loss)
 
 
+def test_the_log_is_of_the_query_loss(tmp_path) -> None:
+    """HSML's reconstruction loss is trained by, and not reported as an error."""
+    trainer = Trainer(settings_of("HSML"), tmp_path)
+    trainer.run()
+    with torch.no_grad():
+        out = trainer.maml(trainer.unseen)
+    assert float(out.penalty.mean()) > 0 and float(out.loss) == pytest.approx(float(out.task_losses.mean() + out.penalty.mean()))
+    assert trainer.log[-1]["validation_loss"] == float(out.task_losses.mean())
+
+
 def test_noise_belongs_to_the_tasks_of_a_run(tmp_path) -> None:
     """Whatever torch's global generator says."""
     Trainer(settings_of("MTNets"), tmp_path).run()

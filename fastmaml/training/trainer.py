@@ -141,7 +141,7 @@ class Trainer:
         self.iteration += 1
         sums = self._sums
         sums["count"] += 1
-        sums["loss"] += float(out.loss)
+        sums["loss"] += _query_loss(out)
         sums["accuracy"] += 0.0 if self.settings.regression else float(out.accuracy)
         sums["not_finite"] += int((~out.finite).sum())
 
@@ -159,7 +159,7 @@ class Trainer:
             with torch.no_grad():
                 out = self.maml(self.unseen, **self._seeds(self.settings.seed + 1, 0, len(self.unseen)))
             self.maml.on_nonfinite, self.maml.step_loss_weights = kept
-            row.update(validation_loss=float(out.loss), validation_accuracy=None if regression else float(out.accuracy))
+            row.update(validation_loss=_query_loss(out), validation_accuracy=None if regression else float(out.accuracy))
         self.log.append(row)
         self._sums = dict(count=0, loss=0.0, accuracy=0.0, not_finite=0)
 
@@ -226,6 +226,11 @@ class Trainer:
             raise ValueError(
                 f"iterations={self.settings.iterations}: the run in {self.out} has done {self.iteration} already"
             )
+
+
+def _query_loss(out: Any) -> float:
+    """The outer loss without what a parameterisation adds to it (HSML's reconstruction)."""
+    return float(out.loss if getattr(out, "penalty", None) is None else out.task_losses[out.finite].mean())
 
 
 def model_from(
