@@ -151,8 +151,9 @@ def test_reconstruction_is_verified_kept_and_refused() -> None:
         methods.HSML(mlp(), auto(), reconstruction=0.5).load_state_dict(maml.state_dict())
     with pytest.raises(ValueError, match=r"reconstruction=0.01 needs an encoder with autoencode.*SetEncoder has none"):
         methods.HSML(mlp(), encoder(), reconstruction=0.01)
-    with pytest.raises(ValueError, match="reconstruction=-1: expected a finite number of at least 0"):
-        methods.HSML(mlp(), auto(), reconstruction=-1)
+    for wrong in (-1, "yes", True, float("inf")):
+        with pytest.raises(ValueError, match=f"reconstruction={wrong!r}: expected a finite number of at least 0"):
+            methods.HSML(mlp(), auto(), reconstruction=wrong)
     with pytest.raises(ValueError, match="this SetEncoder has no decoder"):
         encoder().autoencode(*classify()[0][:1], classify()[1][0])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -57,19 +58,19 @@ class Encoded(Parameterisation):
 
     def embeddings(self, tasks: Tasks) -> Tensor:
         """[tasks, size]"""
-        return self._of_each(tasks, self.encoder)[0]
+        return self._checked([self.encoder(x, y) for x, y in self._supports(tasks)])
 
-    def _of_each(self, tasks: Tasks, encode: Callable[[Tensor, Tensor], Any]) -> tuple[Tensor, list[Any]]:
-        """(embeddings [tasks, size], what ``encode`` returns for each task beside them)"""
-        like, out, beside = next(self.encoder.parameters()), [], []
+    def _supports(self, tasks: Tasks) -> Iterator[tuple[Tensor, Tensor]]:
+        """Support rows and targets of each task, as the encoder takes them."""
+        like = next(self.encoder.parameters())
         for t in range(len(tasks)):
             x, y = tasks.batch.task(t)[:2]
-            found = encode(x.to(like), y.to(like) if y.is_floating_point() else y)
-            out.append(found[0] if isinstance(found, tuple) else found)
-            beside.append(found[1] if isinstance(found, tuple) else None)
+            yield x.to(like), y.to(like) if y.is_floating_point() else y
+
+    def _checked(self, out: Sequence[Tensor]) -> Tensor:
         if any(tuple(e.shape) != (self.size,) for e in out):
             raise ValueError(f"encoder returns {list(out[0].shape)} for the support set of a task: expected [{self.size}]")
-        return torch.stack(out), beside
+        return torch.stack(list(out))
 
 
 class Modulation(Encoded):
@@ -126,7 +127,7 @@ class Gated(Encoded):
     def __init__(self, encoder: nn.Module, size: int | None = None, clusters: tuple[int, int] = (4, 2), reconstruction: float | None = None) -> None:
         super().__init__(encoder, size)
         can = callable(getattr(encoder, "autoencode", None)) and not (isinstance(encoder, SetEncoder) and encoder.back is None)
-        if reconstruction is not None and (isinstance(reconstruction, bool) or not 0 <= reconstruction < float("inf")):
+        if reconstruction is not None and (not isinstance(reconstruction, Real) or isinstance(reconstruction, bool) or not 0 <= reconstruction < float("inf")):
             raise ValueError(f"reconstruction={reconstruction!r}: expected a finite number of at least 0, or None")
         if reconstruction and not can:
             raise ValueError(
@@ -160,7 +161,12 @@ class Gated(Encoded):
             r.substitute(name, r.own(name))
 
     def prologue(self, tasks: Tasks) -> Mapping[str, Tensor]:
-        g, losses = self._of_each(tasks, self.encoder.autoencode if self.reconstruction else self.encoder)
+        penalty = {}
+        if self.reconstruction:
+            found, losses = zip(*(self.encoder.autoencode(x, y) for x, y in self._supports(tasks)), strict=True)
+            g, penalty = self._checked(found), {PENALTY: self.reconstruction * torch.stack(losses)}
+        else:
+            g = self.embeddings(tasks)
         h = g[:, None]
         for level in self.levels:
             h = level(h)
@@ -168,7 +174,7 @@ class Gated(Encoded):
         for name, gate in zip(self._names, self.gates, strict=True):
             p = tasks.parameters[name]
             out[f"{self.name}.{name}"] = p * torch.sigmoid(gate(both)).view(len(tasks), *p.shape)
-        return out | ({PENALTY: self.reconstruction * torch.stack(losses)} if self.reconstruction else {})
+        return out | penalty
 
 
 class _Level(nn.Module):
