@@ -168,12 +168,14 @@ def record_statistics(maml: MAML, tasks: Any) -> None:
     They are for predictions, of ``maml.adapt(..., batchnorm="batch").module(t).eval()``, or to go on training by: an inner loop that was trained by the
     batch overshoots with ``batchnorm="running"``.
 
-    tasks   what ``maml(tasks)`` takes. Raises ValueError where no norm has running statistics, or the parameterisation writes their affines anew.
+    tasks   what ``maml(tasks)`` takes. Raises ValueError where no norm has running statistics, or the parameterisation has several networks or writes their affines anew.
     """
     model, batch, steps = maml.model, TaskBatch.of(tasks), maml.inner_steps
     norms = [m for m in model.modules() if isinstance(m, StepBatchNorm) and m.running_mean is not None]
     if not norms or not steps:
         raise ValueError("inner_steps is 0" if norms else f"no norm of the model has running statistics for each step: {WITH_STATISTICS}")
+    if maml.parameterisation.name == "mixture":
+        raise ValueError("a mixture has several initialisations, and its norms one set of statistics: record them for each component by itself")
     written = sorted(per_step_parameters(model) & maml.runner(batch, batchnorm="batch").rewritten.weights.keys())
     if written:
         raise ValueError(f"parameterisation {maml.parameterisation.signature} writes {written[0]!r} anew at each step: keep it off that layer (layers=)")

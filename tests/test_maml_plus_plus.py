@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 import fastmaml.nn as nets
 from fastmaml import MAML, TaskBatch, methods
+from fastmaml.parameterisation import SetEncoder
 
 STEPS, SHAPE = 3, (1, 6, 7)
 
@@ -207,10 +208,24 @@ def test_statistics_in_the_state_and_their_errors() -> None:
     without = methods.MAMLPlusPlus(plain, inner_steps=STEPS)
     with pytest.raises(ValueError, match="no norm of the model has running statistics for each step: build it with MAMLPlusPlus"):
         methods.record_statistics(without, data)
+    with pytest.raises(ValueError, match=r"parameterisation mmaml.* writes '2.bias' anew at each step"):
+        methods.record_statistics(methods.MMAML(with_statistics(torch.float32), SetEncoder(42, 4), inner_steps=STEPS), data)
+    with pytest.raises(ValueError, match="a mixture has several initialisations"):
+        methods.record_statistics(methods.Mixture(with_statistics(torch.float32), inner_steps=STEPS), data)
     with pytest.raises(ValueError, match="batchnorm='running', but the layer has no running statistics"):
         without(data, batchnorm="running")
     with pytest.raises(ValueError, match="per_step_statistics=True and per_step_norms=False"):
         methods.MAMLPlusPlus(model, per_step_norms=False, per_step_statistics=True)
+
+
+@pytest.mark.parametrize("method", [methods.ANIL, methods.ChannelScaleShift, methods.TNets, methods.MTNets])
+def test_statistics_of_other_methods(method) -> None:
+    """What the network normalises at theta_0, whatever the weights are made of: row 0 of the first norm after one update."""
+    model = with_statistics(torch.float32)
+    before, data = model[0].running_mean.clone(), classify(tasks=1, shape=SHAPE)
+    methods.record_statistics(method(model, inner_steps=STEPS), data)
+    torch.testing.assert_close(model[0].running_mean[0], 0.9 * before[0] + 0.1 * data[0].mean((0, 1, 3, 4)))
+    assert model[6].running_mean.isfinite().all() and not torch.equal(model[6].running_mean[0], model[6].running_mean[2])
 
 
 def test_verify_with_running_statistics() -> None:

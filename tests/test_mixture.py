@@ -210,6 +210,9 @@ def test_mixture(how, loss: str) -> None:
     assert float(out.loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5) == pytest.approx(float(out.task_losses.mean()), rel=1e-5)
     torch.testing.assert_close(adapted.module(1, 0)(tasks[2][1].to(how[1])), adapted.components([x for x in tasks[2] for _ in range(2)])[2], **close)
     assert len(adapted) == 3 and (loss == "mse" or 0 <= float(out.accuracy) <= 1)
+    if loss == "cross_entropy":
+        right = torch.stack([z.argmax(1) == y for z, y in zip(predictions, tasks[3], strict=True)]).float().mean(1)
+        torch.testing.assert_close(out.task_accuracy, right, check_dtype=False)
 
 
 def test_mixture_says_no() -> None:
