@@ -201,7 +201,7 @@ static void deliver(Shared& s, int me, int n) {
         for (int64_t t = 0; t < s.run.tasks; ++t)
             if (!s.run.finite[t]) return;
     for (size_t i = 0; i < s.plan.outputs.size(); ++i)
-        if (s.run.outputs[i]) unpack(s.plan.outputs[i], s.run.outputs[i], s.run.add_to_outputs, s.run, me, n);
+        if (s.run.outputs[i]) unpack(s.plan.outputs[i], s.run.outputs[i], s.run.add_to_outputs, s.run, s.tier, me, n);
 }
 
 static void pack_inputs(Shared& s, int me, int n) {

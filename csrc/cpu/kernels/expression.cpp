@@ -208,8 +208,8 @@ void pack_fwd(const Call& c) { pack(c, c.f(0), c.sizes[0], c.sizes[1], c.sizes[2
 
 void unpack_fwd(const Call& c) {
     const int64_t in = c.sizes[0], out = c.sizes[1];
-    unpack(c, c.f(0), in, out, c.sizes[2], c.f(1));
-    clear_padding(c, c.f(1), in * out);
+    unpack(c, c.f(0), in, out, c.sizes[2], c.f(1), c.sizes[3] == 2);
+    if (c.sizes[3] == 0) clear_padding(c, c.f(1), in * out);
 }
 
 }  // namespace FASTMAML_ISA

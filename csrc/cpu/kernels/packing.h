@@ -11,6 +11,10 @@ static inline void copy_run(const float* from, int64_t n, float* to) {
     for (int64_t i = 0; i < n; i += VL) store_part(to + i, load_part(from + i, n - i), n - i);
 }
 
+static inline void add_run(const float* from, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; i += VL) store_part(to + i, load_part(to + i, n - i) + load_part(from + i, n - i), n - i);
+}
+
 static inline void clear_run(float* to, int64_t n) {
     for (int64_t i = 0; i < n; i += VL) store_part(to + i, vec{}, n - i);
 }
@@ -87,10 +91,12 @@ static void pack(const Call& c, const float* w, int64_t in, int64_t out, int64_t
     });
 }
 
-static void unpack(const Call& c, const float* packed, int64_t in, int64_t out, int64_t taps, float* w) {
+// `add`: w += packed
+static void unpack(const Call& c, const float* packed, int64_t in, int64_t out, int64_t taps, float* w, bool add) {
     if (is_narrow(out, taps)) {
         const Share s = share(out, c);
-        for (int64_t o = s.begin; o < s.end; ++o) copy_run(packed + o * pad_lane(in), in, w + o * in);
+        for (int64_t o = s.begin; o < s.end; ++o)
+            add ? add_run(packed + o * pad_lane(in), in, w + o * in) : copy_run(packed + o * pad_lane(in), in, w + o * in);
         return;
     }
     each_piece(c, in, out, [&](int64_t o, int64_t width, int64_t k, int64_t n) {
@@ -98,7 +104,11 @@ static void unpack(const Call& c, const float* packed, int64_t in, int64_t out, 
         int64_t row[kLane];
         packed_rows(k, n, in, taps, row);
         for (int64_t i = 0; i < n; ++i) copy_run(packed + o * in + row[i] * width, width, piece + i * width);
-        transpose(piece, width, n, out - o < kPanel ? out - o : kPanel, w + o * in + k, in, false);
+        const int64_t outs = out - o < kPanel ? out - o : kPanel;
+        if (!add) return transpose(piece, width, n, outs, w + o * in + k, in, false);
+        alignas(64) float rows[kPanel * kLane];
+        transpose(piece, width, n, outs, rows, kLane, true);
+        for (int64_t r = 0; r < outs; ++r) add_run(rows + r * kLane, n, w + (o + r) * in + k);
     });
 }
 

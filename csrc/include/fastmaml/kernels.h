@@ -159,7 +159,7 @@ using Kernel = void (*)(const Call&);
     K(slice_fwd)             /* x, y; sizes {outer, whole, start, length, inner} */ \
     K(slice_bwd)             /* dy, dx */ \
     K(pack_fwd)              /* plain [out, in], packed; sizes {in, out, taps of a convolution or 0} */ \
-    K(unpack_fwd)            /* packed, plain */
+    K(unpack_fwd)            /* packed, plain; sizes[3]: 0 an array of ours, whose padding becomes zeros; 1 the caller's own; 2 added to it */
 // clang-format on
 
 enum KernelId {
