@@ -5,7 +5,8 @@
 namespace fastmaml {
 
 // A weight between the caller's layout and the packed one, with the tier's kernel
-static void move(int kernel, const Port& port, float* from, float* to, bool add, const Tier& tier, int part, int parts) {
+static void move(int kernel, const Port& port, float* from, float* to, bool add, const Tier& tier, int part,
+                 int parts) {
     const int64_t sizes[4] = {port.cols, port.rows, port.taps, add ? 2 : 1};
     Call c{};
     c.operands[0] = from;

@@ -138,7 +138,7 @@ struct Area {
     Share rows, cols;
 };
 static inline Area share_rows(int64_t columns, const Call& c) {
-    if (c.n >= 128) return {share(c.n, c), {0, columns}};
+    if (c.n >= 32) return {share(c.n, c), {0, columns}};
     const Share lanes = share(columns / kLane, c);
     return {{0, c.n}, {lanes.begin * kLane, lanes.end * kLane}};
 }

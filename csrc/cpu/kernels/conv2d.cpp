@@ -248,13 +248,15 @@ void transpose_weights(const Shape& s, const float* w, const Axis& h, const Axis
         }
 }
 
-// dx for one panel of input channels and one residue: dy's channels, and the rows of taps, a few at a time
+// dx for `cols` input channels from k on, of a panel of `panel`, and one residue: dy's channels, and the rows of taps,
+// a few at a time, which depends on the panel alone
 void backward_residue(const Call& c, const Shape& s, const Source* sources, int n, int out, const Axis& h,
-                      const Axis& v, int64_t k, int64_t cols) {
+                      const Axis& v, int64_t k, int64_t cols, int64_t panel) {
     const int64_t taps_w = v.taps ? v.taps : 1, room = kWeightFloats / n, padded = pad_lane(s.c);
     Cut cut = cut_of(s.o, h.taps ? h.taps : 1, taps_w, 1, 1, v.count, h.count, n);
-    while (taps_w * cut.channels * cols > room && cut.channels > kLane) cut.channels = pad_lane((cut.channels + 1) / 2);
-    const int64_t fit = room / (taps_w * cut.channels * cols), group = fit < 1 ? 1 : fit;
+    while (taps_w * cut.channels * panel > room && cut.channels > kLane)
+        cut.channels = pad_lane((cut.channels + 1) / 2);
+    const int64_t fit = room / (taps_w * cut.channels * panel), group = fit < 1 ? 1 : fit;
     const bool whole = cut.rows >= h.count && cut.cols >= v.count;
     const int64_t floats = (h.count - 1 + h.taps) * (v.count - 1 + v.taps) * cut.channels;
     const int64_t together = whole ? images_together(h.count * v.count, floats, kStripFloats / n) : 1;
@@ -295,16 +297,27 @@ void backward_residue(const Call& c, const Shape& s, const Source* sources, int 
     }
 }
 
+// A team shares the lines of the images, or, where these are so few that transposing the weights counts, the channels.
 void backward_input(const Call& c, const Source* sources, int n, int out) {
+    constexpr int64_t kFewPixels = 512;
     const Shape s(c);
+    Call mine = c;
+    Share lanes = {0, pad_lane(s.c) / kLane};
+    if (c.n * s.h * s.w < kFewPixels && lanes.end >= c.parts) {
+        lanes = share(lanes.end, c);
+        mine.part = 0, mine.parts = 1;
+    }
     int64_t panel = kPanel;  // input channels at a time: fewer where a row of taps is long, or its weights do not fit
     while (panel > kLane && s.kw * kLane * panel > kWeightFloats / n) panel /= 2;
     for (int64_t k = 0; k < pad_lane(s.c); k += panel) {
         const int64_t cols = pad_lane(s.c) - k < panel ? pad_lane(s.c) - k : panel;
+        const int64_t begin = lanes.begin * kLane > k ? lanes.begin * kLane : k;
+        const int64_t end = lanes.end * kLane < k + cols ? lanes.end * kLane : k + cols;
+        if (begin >= end) continue;
         for (int64_t i = 0; i < s.sh; ++i)
             for (int64_t j = 0; j < s.sw; ++j) {
                 const Axis h(i, s.h, s.kh, s.sh, s.top), v(j, s.w, s.kw, s.sw, s.left);
-                if (h.count && v.count) backward_residue(c, s, sources, n, out, h, v, k, cols);
+                if (h.count && v.count) backward_residue(mine, s, sources, n, out, h, v, begin, end - begin, cols);
             }
     }
 }

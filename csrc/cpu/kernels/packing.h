@@ -12,7 +12,8 @@ static inline void copy_run(const float* from, int64_t n, float* to) {
 }
 
 static inline void add_run(const float* from, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; i += VL) store_part(to + i, load_part(to + i, n - i) + load_part(from + i, n - i), n - i);
+    for (int64_t i = 0; i < n; i += VL)
+        store_part(to + i, load_part(to + i, n - i) + load_part(from + i, n - i), n - i);
 }
 
 static inline void clear_run(float* to, int64_t n) {
@@ -96,7 +97,8 @@ static void unpack(const Call& c, const float* packed, int64_t in, int64_t out, 
     if (is_narrow(out, taps)) {
         const Share s = share(out, c);
         for (int64_t o = s.begin; o < s.end; ++o)
-            add ? add_run(packed + o * pad_lane(in), in, w + o * in) : copy_run(packed + o * pad_lane(in), in, w + o * in);
+            add ? add_run(packed + o * pad_lane(in), in, w + o * in)
+                : copy_run(packed + o * pad_lane(in), in, w + o * in);
         return;
     }
     each_piece(c, in, out, [&](int64_t o, int64_t width, int64_t k, int64_t n) {

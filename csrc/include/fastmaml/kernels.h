@@ -18,10 +18,10 @@ struct Task {
 struct Call {
     void* operands[kMaxOperands];
     const int64_t* row_stride;  // by operand, bytes
-    int64_t n;                         // rows of this block
-    int64_t row0;                      // its first row
-    int64_t n_total;                   // rows of the extent
-    bool first, last;                  // block
+    int64_t n;                  // rows of this block
+    int64_t row0;               // its first row
+    int64_t n_total;            // rows of the extent
+    bool first, last;           // block
     int part, parts;
     int stage;
     float* scratch;  // kScratchBytes of this team member's own
