@@ -10,11 +10,13 @@
     bwd_input_jvp    the product rule on it
 
 What is reduced is reduced in chunks: mean and sum of squares about it of each chunk, merged as of Chan et al. (1979), or plain sums (sum_chunks).
+A relu behind any of them that make rows, its reverse or its tangent, is done as they are stored (relu.activated).
 In batchnorm_maxpool2d dy belongs to the pooled image: ``index`` says which pixel of each window it goes to.
 """
 
 import triton
 import triton.language as tl
+from fastmaml.kernels.relu import activated
 from fastmaml.kernels.tiles import channel, element, rows_of
 
 
@@ -111,7 +113,7 @@ def _xhat_t(d, xt, r, c, t, mask_c, mean_t, rstd_t, C):
 @triton.jit
 def batchnorm_sums(offsets, counted, x, mean, rstd, dy, xt, mean_t, rstd_t, dyt, sums, products, chunk, chunks, C, P,
                    MODE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """Of each chunk, the two sums of ``stats_jvp``, ``bwd_stats`` or ``bwd_stats_jvp``. Grid: channels, chunks, tasks."""
+    """Of each chunk, the two sums (either may be unwanted) of ``stats_jvp``, ``bwd_stats`` or ``bwd_stats_jvp``. Grid: channels, chunks, tasks."""
     s, t = tl.program_id(1), tl.program_id(2)
     first, _ = rows_of(offsets, t)
     _, rows = rows_of(counted, t)
@@ -141,8 +143,10 @@ def batchnorm_sums(offsets, counted, x, mean, rstd, dy, xt, mean_t, rstd_t, dyt,
             one += tl.sum(u, 0)
             two += tl.sum(tl.where(mask, v, 0.0), 0)
         at = (t.to(tl.int64) * chunks + s) * C + c
-        tl.store(sums + at, one, c < C)
-        tl.store(products + at, two, c < C)
+        if sums is not None:
+            tl.store(sums + at, one, c < C)
+        if products is not None:
+            tl.store(products + at, two, c < C)
 
 
 @triton.jit
@@ -162,10 +166,13 @@ def _cotangent(dy, index, first, m, c, at, mask, C, POOLED: tl.constexpr, W: tl.
 
 
 @triton.jit
-def batchnorm_rows(offsets, counted, x, mean, rstd, gamma, beta, dy, index, s1, s2, xt, mean_t, rstd_t, gamma_t, beta_t, dyt, s1t, s2t, y,
+def batchnorm_rows(offsets, counted, x, mean, rstd, gamma, beta, dy, index, s1, s2, xt, mean_t, rstd_t, gamma_t, beta_t, dyt, s1t, s2t, relu_mask, y,
                    gamma_task, beta_task, C, P, MODE: tl.constexpr, POOLED: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
-                   KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """``fwd``, ``jvp``, ``bwd_input`` or ``bwd_input_jvp``; ``counted`` None: statistics that no row made. Grid: pixels, channels, tasks."""
+                   KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+                   ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):  # fmt: skip
+    """activated(``fwd``, ``jvp``, ``bwd_input`` or ``bwd_input_jvp``); ``counted`` None: statistics that no row made. Grid: pixels, channels, tasks.
+
+    activated: y > 0 ? y : slope y, mask = y > 0 ("make"); mask ? y : slope y ("apply"); y (None)."""
     t = tl.program_id(2)
     first, rows = rows_of(offsets, t)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -197,4 +204,4 @@ def batchnorm_rows(offsets, counted, x, mean, rstd, gamma, beta, dy, index, s1, 
                 grad_t = _cotangent(dyt, index, first, m, c, at, mask, C, POOLED, W, OH, OW, KH, KW, SH, SW, P)
                 out = g * r * (grad_t - share * more)
                 out += (channel(gamma_t, t, C, c, some, 0.0) * r + g * channel(rstd_t, t, C, c, some, 0.0)) * inner
-        tl.store(y + at, out, mask)
+        tl.store(y + at, activated(out, relu_mask, at, mask, ACTIVATION, SLOPE), mask)

@@ -6,11 +6,14 @@
 
 The rows of the product are the pixels of a task's samples. A tangent is the same product with a doubled reduction, [xt | x] [w ; wt], in one accumulator: every
 kernel takes a second pair of operands. linear is the convolution of images of 1 x lead pixels with one tap.
+
+What is made of a result right away is made of the accumulator: relu(y) and its mask, y by a stored mask (relu.py), theta - rate dw (tiles.updated).
 """
 
 import triton
 import triton.language as tl
-from fastmaml.kernels.tiles import product, rows_of
+from fastmaml.kernels.relu import activated
+from fastmaml.kernels.tiles import product, rows_of, updated
 
 
 @triton.jit
@@ -52,14 +55,15 @@ def _product(acc, x, w, m, n, rows, H: tl.constexpr, W: tl.constexpr, CI: tl.con
 
 
 @triton.jit
-def conv2d_rows(offsets, x, w, x2, w2, bias, y, w_task, w2_task, bias_task,
+def conv2d_rows(offsets, x, w, x2, w2, bias, mask, y, w_task, w2_task, bias_task,
                 H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, CO: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                 SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr, REVERSED: tl.constexpr,
                 W_TAP: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
-    """y [rows, OH, OW, CO] = x * w + x2 * w2 + bias with x [rows, H, W, CI]; REVERSED: the transposed convolution. Grid: pixels, outputs, tasks.
+                PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):  # fmt: skip
+    """y [rows, OH, OW, CO] = activated(x * w + x2 * w2 + bias) with x [rows, H, W, CI]; REVERSED: the transposed convolution. Grid: pixels, outputs, tasks.
 
-    fwd: (x, w), bias. jvp: (xt, w), (x, wt), bias_t. bwd_input: (dy, w) REVERSED. bwd_input_jvp: (dyt, w), (dy, wt) REVERSED."""
+    fwd: (x, w), bias. jvp: (xt, w), (x, wt), bias_t. bwd_input: (dy, w) REVERSED. bwd_input_jvp: (dyt, w), (dy, wt) REVERSED.
+    activated: y > 0 ? y : slope y, mask = y > 0 ("make"); mask ? y : slope y ("apply"); y (None)."""
     t = tl.program_id(2)
     first, rows = rows_of(offsets, t)
     rows = rows * (OH * OW)
@@ -74,7 +78,8 @@ def conv2d_rows(offsets, x, w, x2, w2, bias, y, w_task, w2_task, bias_task,
             acc = _product(acc, x2 + image, w2 + own * w2_task, m, n, rows, H, W, CI, OH, OW, CO, KH, KW, SH, SW, PT, PL, REVERSED, W_TAP, W_IN, W_OUT, BK, PRECISION)
         if bias is not None:
             acc += tl.load(bias + own * bias_task + n, n < CO, 0.0)[None, :]
-        tl.store(y + first * (OH * OW * CO) + m[:, None] * CO + n[None, :], acc, (m < rows)[:, None] & (n < CO)[None, :])
+        at, there = first * (OH * OW * CO) + m[:, None] * CO + n[None, :], (m < rows)[:, None] & (n < CO)[None, :]
+        tl.store(y + at, activated(acc, mask, at, there, ACTIVATION, SLOPE), there)
 
 
 @triton.jit
@@ -92,13 +97,15 @@ def _outer(acc, x, dy, k, n, begin, end, H: tl.constexpr, W: tl.constexpr, CI: t
 
 
 @triton.jit
-def conv2d_weight(offsets, x, dy, x2, dy2, dw, db, chunk, chunks, dw_task, db_task,
+def conv2d_weight(offsets, x, dy, x2, dy2, dw, db, w_base, w_scale, w_sign, b_base, b_scale, b_sign, chunk, chunks, dw_task, db_task,
+                  w_base_task, w_scale_task, b_base_task, b_scale_task,
                   H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, CO: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                   SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr, W_TAP: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr,
                   TILES_N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """dw = x^T dy + x2^T dy2 and db = sum dy, of one chunk of a task's pixels. Grid: tiles of dw, chunks, tasks.
+    """dw = x^T dy + x2^T dy2 and db = sum dy, of one chunk of a task's pixels; with a base, where that chunk is all,
+    dw = w_base + w_sign w_scale (x^T dy + x2^T dy2), and db likewise. Grid: tiles of dw, chunks, tasks.
 
-    bwd_weight: (x, dy). bwd_weight_jvp: (x, dyt), (xt, dy)."""
+    bwd_weight: (x, dy). bwd_weight_jvp: (x, dyt), (xt, dy). sgd: base = theta, scale = its rate, sign = -1."""
     tile, s, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, rows = rows_of(offsets, t)
     begin = s * chunk
@@ -115,10 +122,13 @@ def conv2d_weight(offsets, x, dy, x2, dy2, dw, db, chunk, chunks, dw_task, db_ta
             if x2 is not None:
                 acc = _outer(acc, x2 + image, dy2 + pixel, k, n, begin, end, H, W, CI, OH, OW, CO, KH, KW, SH, SW, PT, PL, BM, PRECISION)
             at = (k // CI * W_TAP + k % CI * W_IN)[:, None] + (n * W_OUT)[None, :]
-            tl.store(dw + slot * dw_task + at, acc, (k < KH * KW * CI)[:, None] & (n < CO)[None, :])
+            there = (k < KH * KW * CI)[:, None] & (n < CO)[None, :]
+            acc = updated(acc, w_base, w_scale, w_sign, w_scale_task, t, t.to(tl.int64) * w_base_task + at, there)
+            tl.store(dw + slot * dw_task + at, acc, there)
         if db is not None and tile // TILES_N == 0:
             total = tl.zeros((BN,), tl.float32)
             for m0 in range(begin, end, BM):
                 m = m0 + tl.arange(0, BM)
                 total += tl.sum(tl.load(dy + pixel + m[:, None] * CO + n[None, :], (m < end)[:, None] & (n < CO)[None, :], 0.0), 0)
+            total = updated(total, b_base, b_scale, b_sign, b_scale_task, t, t.to(tl.int64) * b_base_task + n, n < CO)
             tl.store(db + slot * db_task + n, total, n < CO)

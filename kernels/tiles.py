@@ -45,8 +45,21 @@ def element(values, at, mask):
 
 
 @triton.jit
-def sum_chunks(offsets, x, y, chunk, per_row, chunks, n, y_task, BS: tl.constexpr, BN: tl.constexpr):
-    """y[i] = sum over the task's own chunks s of x[task, s, i]; a chunk is of ``chunk`` rows of which each sample has ``per_row``."""
+def updated(g, base, scale, sign, scale_task, t, at, mask):
+    """base + sign scale g of a tile g of task t, at ``at`` of its own copy of ``base``; base None: g itself. ``scale``: one number, or absent."""
+    if base is None:
+        return g
+    else:
+        v = sign * g
+        if scale is not None:
+            v *= tl.load(scale + t * scale_task)
+        return v + tl.load(base + at, mask, 0.0)
+
+
+@triton.jit
+def sum_chunks(offsets, x, y, base, scale, sign, chunk, per_row, chunks, n, y_task, base_task, scale_task, BS: tl.constexpr, BN: tl.constexpr):
+    """y[i] = sum over the task's own chunks s of x[task, s, i], or base[i] + sign scale times that; a chunk is of ``chunk`` rows of which each sample has
+    ``per_row``."""
     t = tl.program_id(1)
     _, rows = rows_of(offsets, t)
     i = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -56,4 +69,5 @@ def sum_chunks(offsets, x, y, chunk, per_row, chunks, n, y_task, BS: tl.constexp
         s = s0 + tl.arange(0, BS)
         at = (t * chunks + s).to(tl.int64)[:, None] * n + i[None, :]
         total += tl.sum(tl.load(x + at, (s < own)[:, None] & (i < n)[None, :], 0.0), 0)
+    total = updated(total, base, scale, sign, scale_task, t, t.to(tl.int64) * base_task + i, i < n)
     tl.store(y + t.to(tl.int64) * y_task + i, total, i < n)

@@ -18,6 +18,7 @@ from random_programs import random_case
 
 import fastmaml.nn as nets
 from fastmaml.executors.triton import INTERPRETED
+from fastmaml.executors.triton_fusion import fuse
 from fastmaml.executors.triton_lowering import Lowering
 from fastmaml.executors.triton_storage import Bucket
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan
@@ -54,6 +55,7 @@ def launches(random_too: bool = True) -> list[Any]:
     plans += [(net_plan(trace(nets.OmniglotFC(), (784,))), Bucket(32, 5, 75))]
     for seed in range(60 if random_too else 0):
         plans.append((random_case(random.Random(seed), conv=seed % 2 == 0).plan(), Bucket(3, 7, 6)))
+    plans += [(fuse(plan), bucket) for plan, bucket in plans]
     found = [launch for plan, bucket in plans for half in Lowering(plan, bucket, "meta").halves for launch in half]
     for plan, bucket in plans[:1]:  # products alone know a precision
         found += [launch for half in Lowering(plan, bucket, "meta", "medium").halves for launch in half if "PRECISION" in launch.arguments]
@@ -73,14 +75,15 @@ def distinct(alike: Any, random_too: bool = True) -> dict[Any, Any]:
 
 
 def mode(launch: Any) -> tuple:
-    """The kernel, and what makes it another one: its mode and precision."""
-    return launch.kernel.__name__, *(launch.arguments.get(name) for name in ("MODE", "PRECISION", "REVERSED", "POOLED"))
+    """The kernel, and what makes it another one: its mode, precision and epilogue."""
+    updates = (launch.arguments.get(name) is not None for name in ("base", "w_base"))
+    return launch.kernel.__name__, *(launch.arguments.get(name) for name in ("MODE", "PRECISION", "REVERSED", "POOLED", "ACTIVATION")), *updates
 
 
 def tile(launch: Any) -> tuple:
     """The kernel, its tile, and which operands it has: what its registers depend on. Sizes of images change little."""
     values = launch.arguments
-    sizes = (values.get(name) for name in ("BM", "BN", "BK", "TILES_N", "PRECISION", "REVERSED"))
+    sizes = (values.get(name) for name in ("BM", "BN", "BK", "TILES_N", "PRECISION", "REVERSED", "ACTIVATION"))
     return launch.kernel.__name__, *sizes, *(value is None for value in values.values())
 
 

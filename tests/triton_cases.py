@@ -23,6 +23,7 @@ from fastmaml.executors import torch_kernels
 from fastmaml.executors.call import Results
 from fastmaml.executors.torch import Task, TorchExecutor
 from fastmaml.executors.triton import INTERPRETED, TritonExecutor, Workspace
+from fastmaml.executors.triton_fusion import Fused, fuse
 from fastmaml.executors.triton_rules import RULES
 from fastmaml.executors.triton_storage import Bucket
 from fastmaml.optimizers import SGD, ImplicitGradient
@@ -74,11 +75,17 @@ def judge(what: str, norms: list[float]) -> None:
     assert wrong <= allowed, f"{what}: error {wrong:.3g} of {size:.3g}, allowed {allowed:.3g}"
 
 
-class Lockstep(TorchExecutor):
-    """Runs a Plan in float64; each instruction that is new also by Triton, on the same inputs, and judges what comes out."""
+def parts_of(instr: Instruction) -> tuple[Instruction, ...]:
+    return instr.parts if isinstance(instr, Fused) else (instr,)
 
-    def judge_all(self, case: Case) -> None:
-        self.workspace = Workspace(self.plan, Bucket.of(case.batch.support_sizes, case.batch.query_sizes), DEVICE, "highest")
+
+class Lockstep(TorchExecutor):
+    """Runs a Plan in float64; each instruction that is new also by Triton, on the same inputs, and judges what comes out. ``fused``: of the fused Plan, of
+    which the torch executor runs the parts."""
+
+    def judge_all(self, case: Case, fused: bool = False) -> None:
+        self.lowered = fuse(self.plan) if fused else self.plan
+        self.workspace = Workspace(self.lowered, Bucket.of(case.batch.support_sizes, case.batch.query_sizes), DEVICE, "highest")
         self.workspace.describe(case.batch)
         self.few: dict[tuple[str, int], list[list[float]]] = {}
         self.forward(case.call())
@@ -93,7 +100,7 @@ class Lockstep(TorchExecutor):
             everybody = [Task(-1, {}, 0, meta)] if phase.scope == "meta" else tasks
             for step in phase.steps():
                 for name in phase.segments:
-                    for instr in self.plan.segments[name].instructions:
+                    for instr in self.lowered.segments[name].instructions:
                         self._judge(instr, step, everybody, phase.scope)
             for task in tasks:
                 task.env.update(meta)
@@ -112,13 +119,14 @@ class Lockstep(TorchExecutor):
         sums = scope == "batch" and any(self.plan.buffers[ref.buffer].rows is None for ref in instr.writes())
         new = not sums and self._is_new(instr, step)
         if new:
-            reached.add(instr.kernel)
+            reached.add("+".join(part.kernel for part in parts_of(instr)))
             launches = self._launches(instr, step, scope)
             for ref in instr.reads():
                 self._write(self._key(ref, step), tasks)
         judges = [self._references(instr, step, task) for task in tasks] if new else []
         for task in tasks:
-            super()._run(task, instr, step, {})
+            for part in parts_of(instr):
+                super()._run(task, part, step, {})
         if new:
             for launch in launches:
                 launch()
@@ -129,7 +137,7 @@ class Lockstep(TorchExecutor):
     def _is_new(self, instr: Instruction, step: int) -> bool:
         """Of each kernel three kinds of shapes, with each set of operands: which are there, and which are one for all tasks."""
         refs = [None if ref is None else self.plan.buffers[self._key(ref, step)[0]] for ref in (*instr.inputs, *instr.outputs)]
-        operands = instr.kernel, *(None if b is None else b.home == "meta" for b in refs)
+        operands = *(part.kernel for part in parts_of(instr)), *(None if b is None else b.home == "meta" for b in refs)
         shapes = str([None if b is None else (b.rows, b.shape) for b in refs]) + str(dict(instr.attrs))
         tried = seen.setdefault(operands, set())
         new = shapes not in tried and len(tried) < 3
@@ -166,11 +174,15 @@ class Lockstep(TorchExecutor):
         real = [v is not None and v.dtype == torch.float64 and not self.plan.buffers[r.buffer].columns for v, r in zip(inputs, instr.inputs, strict=True)]
 
         def run(change) -> tuple:
-            changed = [change(v.float()) if r else v for v, r in zip(inputs, real, strict=True)]
+            keys = [None if ref is None else self._key(ref, step) for ref in instr.inputs]
+            values = {None: None} | {key: change(v.float()) if r else v for key, v, r in zip(keys, inputs, real, strict=True)}
             if instr.kernel == "zero_fwd":
                 return (None,)
-            out = torch_kernels.KERNELS[instr.kernel](task, instr.attrs, *changed)
-            return out if isinstance(out, tuple) else (out,)
+            for part in parts_of(instr):
+                out = torch_kernels.KERNELS[part.kernel](task, part.attrs, *(values[None if ref is None else self._key(ref, step)] for ref in part.inputs))
+                made = dict(zip(part.outputs, out if isinstance(out, tuple) else (out,), strict=True))
+                values |= {self._key(ref, step): v for ref, v in made.items() if ref is not None}
+            return tuple(None if ref is None else values[self._key(ref, step)] for ref in instr.outputs)
 
         def moved(v: Tensor) -> Tensor:
             return v.double() * (1 + 2.0**-24 * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.device))
@@ -223,6 +235,8 @@ def instruction_cases() -> Iterator[tuple[str, Case, Plan]]:
         case = small("linear", "plain", 2, **changes)
         yield str(changes), case, case.plan()
     yield "matrices", *matrices()
+    for kind in ("rows", "images"):
+        yield f"fusible {kind}", *fusible(kind)
     b = ProgramBuilder((5,))
     v = b.op("batchnorm", b.op("linear", 0, b.leaf("body", (4, 5), "outer")), eps=1e-3, statistics="joint")
     program = b.build(b.op("linear", v, b.leaf("head", (3, 4), "adapted")))
@@ -247,6 +261,38 @@ def matrices() -> tuple[Case, Plan]:
     return case, case.plan()
 
 
+def fusible(kind: str) -> tuple[Case, Plan]:
+    """relu and leaky_relu behind and before products and batchnorm, in ragged tasks of odd shapes."""
+    b = ProgramBuilder((5,) if kind == "rows" else (2, 5, 7))
+    names = iter(range(99))
+
+    def leaf(*shape: int) -> int:
+        return b.leaf(f"p{next(names)}", shape, "adapted")
+
+    def batchnorm(v: int, channels: int) -> int:
+        return b.op("batchnorm", v, leaf(channels), leaf(channels), eps=1e-3, statistics="batch")
+
+    if kind == "rows":
+        v = b.op("relu", b.op("linear", 0, leaf(7, 5), leaf(7)))
+        v = b.op("leaky_relu", b.op("linear", v, leaf(9, 7), leaf(9)), slope=0.1)
+        v = b.op("relu", batchnorm(v, 9))
+        last = 9
+    else:
+        v = b.op("relu", b.op("conv2d", 0, leaf(3, 2, 3, 3), leaf(3), stride=(2, 1), padding=(1, 1, 0, 1)))
+        v = b.op("relu", b.op("conv2d", v, leaf(4, 3, 2, 3), None, stride=(1, 2), padding=(0, 0, 1, 1)))
+        v = b.op("leaky_relu", batchnorm(v, 4), slope=0.2)
+        v = b.op("relu", batchnorm(b.op("conv2d", v, leaf(6, 4, 2, 3), leaf(6), stride=(1, 1), padding=(0, 0, 0, 0)), 6))
+        v = b.op("reshape", v, shape=(6,))
+        last = 6
+    program = b.build(b.op("linear", v, leaf(3, last), leaf(3)))
+    a = Arrangement(steps=2 if kind == "rows" else 1, rates={leaf.name: Rate("lr") for leaf in program.leaves})
+    case = numbers_for(program, a, 0, [(3, 1), (5, 2)])
+    return case, case.plan()
+
+
+MODES = {"fwd": "relu_fwd", "jvp": "relu_jvp", "bwd_input": "relu_bwd", "bwd_input_jvp": "relu_bwd_jvp"}
+FUSED = [f"{op}_{mode}+{relu}" for op in ("linear", "conv2d", "batchnorm") for mode, relu in MODES.items()]
+FUSED += [f"{op}_bwd_weight{jvp}" for op in ("linear", "conv2d") for jvp in ("+sgd_fwd", "_jvp+axpy_fwd")]
 NOT_IN_PLANS = {f"{op}_replay" for op in ("batchnorm_maxpool2d",)}  # of replayed runs, which are the torch executor's
 
 
@@ -254,7 +300,9 @@ def test_single_instructions() -> None:
     for name, case, plan in instruction_cases():
         print(name)
         Lockstep(plan).judge_all(on_device(case))
+        Lockstep(plan).judge_all(on_device(case), fused=True)
     assert set(torch_kernels.KERNELS) - reached <= NOT_IN_PLANS, "no case reaches these"
+    assert set(FUSED) <= reached, "no case reaches these"
     assert set(torch_kernels.KERNELS) - set(RULES) <= NOT_IN_PLANS, "these have no rule"
 
 
@@ -294,6 +342,43 @@ def small(kind: str, option: str, steps: int = 2, tasks: tuple[int, ...] = (0, 2
     batch = case.batch.select([t for t in tasks if t < len(case.batch)])
     arrangement = dataclasses.replace(case.arrangement, steps=steps, **changes)
     return dataclasses.replace(case, arrangement=arrangement, rates=rates, weights=weights, batch=batch)
+
+
+def unfused(plan: Plan) -> TritonExecutor:
+    executor = TritonExecutor(plan, "highest")
+    executor.fused = plan
+    return executor
+
+
+FUSIBLE = {
+    **{kind: lambda kind=kind: fusible(kind)[0] for kind in ("rows", "images")},
+    "pools": lambda: small("conv", "plain", 2),
+    "kept": lambda: small("conv", "plain", 1, memory="fast"),
+    "learned rates": lambda: small("linear", "learned-per-tensor-and-step", 2),
+    "random images": lambda: random_case(random.Random(10), conv=True),
+    "random rows": lambda: random_case(random.Random(19), conv=False),
+}
+
+
+@pytest.mark.parametrize(("name", "chunk"), [*((name, 4096) for name in FUSIBLE), ("rows", 24), ("images", 24)])
+def test_fusion_changes_no_bit(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of losses, logits, masks and gradients; with sums in one piece and in many."""
+    monkeypatch.setattr("fastmaml.executors.triton_rules.products.CHUNK", chunk)
+    monkeypatch.setattr("fastmaml.executors.triton_rules.norms.CHUNK", chunk)
+    case = on_device(FUSIBLE[name]())
+    plan = case.plan(record_masks=True)
+    executor = TritonExecutor(plan, "highest")
+    assert any(isinstance(instr, Fused) for _, instr in executor.fused.instructions())
+    got, plain = (e.forward(case.call(torch.float32, record=True)).values for e in (executor, unfused(plan)))
+    assert got.keys() == plain.keys()
+    for key, value in plain.items():
+        for mine, other in zip(*(v if isinstance(v, list) else [v] for v in (got[key], value)), strict=True):
+            assert torch.equal(mine, other) if INTERPRETED else torch.allclose(mine.double(), other.double(), rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("kind", ["rows", "images"])
+def test_fused_plans(kind: str) -> None:
+    judge_plan(fusible(kind)[0])
 
 
 @pytest.mark.parametrize(("kind", "option"), QUICK)

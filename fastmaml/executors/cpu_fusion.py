@@ -7,11 +7,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from fastmaml.executors.cpu_kernels import Native
+from fastmaml.executors.uses import Uses
 from fastmaml.plan.instructions import Buffer, Operand, Plan, Ref
 
 RESULT = {  # operand of the result; the mask is the last
@@ -41,9 +41,7 @@ class Fusion:
     """Over one phase at a time. ``pieces(rows, steps)``: whether a group's sums over rows are made in pieces: block by block, or over more than DEEP."""
 
     def __init__(self, plan: Plan, buffers: Mapping[str, Buffer], pieces: Callable[[str | None, list[Step]], bool]) -> None:
-        self.results, self.buffers, self.pieces = plan.results, buffers, pieces
-        self.readers = Counter(ref.buffer for _, instr in plan.instructions() for ref in set(instr.reads()))
-        self.writers = Counter(ref.buffer for _, instr in plan.instructions() for ref in set(instr.writes()))
+        self.uses, self.buffers, self.pieces = Uses(plan), buffers, pieces
 
     def run(self, groups: Groups, weights: bool) -> None:
         """``weights``: also the weight gradients (sums of one task, not of all)."""
@@ -53,16 +51,11 @@ class Fusion:
             self._activations(steps)
             self._pairs(steps)
 
-    def _private(self, ref: Ref) -> bool:
-        """Written once, read once: nobody misses it."""
-        name = ref.buffer
-        return self.readers[name] == 1 and self.writers[name] == 1 and name not in self.results
-
     # ------------------------------------------------------------------------------------------------- relu
     def _activations(self, steps: list[Step]) -> None:
         for i in range(len(steps) - 2, -1, -1):
             at = RESULT.get(steps[i].call.kernel)
-            if at is None or not self._private(product := steps[i].call.operands[at]):
+            if at is None or not self.uses.private(product := steps[i].call.operands[at]):
                 continue
             j = next((j for j in range(i + 1, len(steps)) if product in steps[j].call.operands), None)
             if j is None or steps[j].call.kernel not in RELU:
@@ -98,7 +91,7 @@ class Fusion:
             for i, step in enumerate(steps):
                 for which, slot in enumerate(GRADIENTS.get(step.call.kernel, ())):
                     gradient = step.call.operands[slot]
-                    if gradient is None or not self._private(gradient) or self.buffers[gradient.buffer].steps or self.pieces(rows, steps):
+                    if gradient is None or not self.uses.private(gradient) or self.buffers[gradient.buffer].steps or self.pieces(rows, steps):
                         continue
                     later = [(members, s) for members, s in _after(groups, g, i) if gradient in s.call.operands]
                     target = _update(later[0][1].call, gradient) if len(later) == 1 else None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
+from fastmaml.executors.triton_fusion import fuse
 from fastmaml.executors.triton_lowering import Lowering
 from fastmaml.executors.triton_rules import RULES
 from fastmaml.executors.triton_site import Launch
@@ -96,7 +97,7 @@ class TritonExecutor:
     name = "triton"
 
     def __init__(self, plan: Plan, precision: str = "high") -> None:
-        self.plan, self.precision = plan, precision
+        self.plan, self.fused, self.precision = plan, fuse(plan), precision
         self._idle: OrderedDict[Any, list[Workspace]] = OrderedDict()
 
     @staticmethod
@@ -117,7 +118,7 @@ class TritonExecutor:
 
     def memory(self, batch: TaskBatch) -> dict[str, int]:
         """Bytes that a call lays out on the device and keeps for the next one, beside the caller's tensors and the results."""
-        return Lowering(self.plan, Bucket.of(batch.support_sizes, batch.query_sizes), "meta", self.precision).bytes
+        return Lowering(self.fused, Bucket.of(batch.support_sizes, batch.query_sizes), "meta", self.precision).bytes
 
     # ------------------------------------------------------------------------------------------------------- running
     @torch.no_grad()
@@ -193,12 +194,12 @@ class TritonExecutor:
     def _new(self, bucket: Bucket, device: torch.device, batch: TaskBatch) -> Workspace:
         """A workspace; idle ones of other buckets make room for it."""
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            return Workspace(self.plan, bucket, device, self.precision)
+            return Workspace(self.fused, bucket, device, self.precision)
         self._idle.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            return Workspace(self.plan, bucket, device, self.precision)
+            return Workspace(self.fused, bucket, device, self.precision)
         except torch.cuda.OutOfMemoryError as error:
             parts = self.memory(batch)
             listed = ", ".join(f"{home} {size:,}" for home, size in parts.items())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from fastmaml.executors.triton_fusion import Fused
 from fastmaml.executors.triton_rules import RULES
 from fastmaml.executors.triton_site import BLOCK, Launch, Site, blocks
 from fastmaml.executors.triton_storage import Bucket, Storage, Temp, View
 from fastmaml.kernels import tasks
-from fastmaml.plan.instructions import Instruction, Phase, Plan
+from fastmaml.plan.instructions import Instruction, Operand, Phase, Plan
 
 # How products are computed, by precision: in HVP passes, whose ReLU masks and maxima are stored, and in all others. Three products in TF32 have the error of
 # float32, three in bfloat16 that of 16 bits.
@@ -70,9 +72,23 @@ class Lowering:
         inputs = [None if ref is None else self.storage.view(*self.storage.key(ref, step)) for ref in instr.inputs]
         outputs = [None if key is None else self._share(key[0]) if shared and key[0] in self.storage.shares else self.storage.view(*key) for key in keys]
         self.site.begin()
+        attrs = instr.attrs
+        if isinstance(instr, Fused):
+            attrs = {**attrs, **self._epilogue(instr, step)}
+            inputs, outputs = inputs[: len(instr.parts[0].inputs)], outputs[: len(instr.parts[0].outputs)]
         if any(key is not None for key in keys):
-            RULES[instr.kernel](self.site, instr.attrs, inputs, outputs)
+            RULES[instr.kernel](self.site, attrs, inputs, outputs)
         done.update(dict.fromkeys(key for key in keys if key is not None))
+
+    def _epilogue(self, instr: Fused, step: int) -> dict[str, Any]:
+        """What a fused instruction ends in, with Views for Refs."""
+
+        def view(ref: Operand) -> View | None:
+            return ref and self.storage.view(*self.storage.key(ref, step))
+
+        if instr.activation:
+            return {"activation": replace(instr.activation, mask=view(instr.activation.mask))}
+        return {"updates": tuple(u and replace(u, base=view(u.base), scale=view(u.scale)) for u in instr.updates)}
 
     def _share(self, name: str) -> View:
         """What one task adds to a sum over tasks."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.executors.triton_storage import Storage, Temp, View
+from fastmaml.executors.triton_fusion import Activation, Update
+from fastmaml.executors.triton_storage import Storage, Temp, View, channels_last
 from fastmaml.kernels import reshape, tiles, update
 
 Attrs = Mapping[str, Any]
@@ -27,6 +28,21 @@ def rule(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return function
 
     return register
+
+
+def activating(attrs: Attrs, mask: str = "mask") -> dict[str, Any]:
+    """Arguments of a kernel that ends in an activation; ``mask``: its name there."""
+    activation: Activation | None = attrs.get("activation")
+    if activation is None:
+        return {mask: None, "ACTIVATION": None, "SLOPE": None}
+    return {mask: data(activation.mask), "ACTIVATION": "make" if activation.makes else "apply", "SLOPE": activation.slope}
+
+
+def updating(prefix: str, update: Update | None) -> dict[str, Any]:
+    """Arguments of a kernel that ends in an update."""
+    base, scale, sign = (None, None, 1.0) if update is None else (update.base, update.scale, update.sign)
+    args = dict(base=data(base), scale=data(scale), sign=sign, base_task=step(base), scale_task=step(scale))
+    return {prefix + name: value for name, value in args.items()}
 
 
 @dataclass
@@ -130,25 +146,20 @@ class Site:
         count, n, _ = self.span(y)
         self.launch(reshape.reshape, (blocks(n, BLOCK),), count=count, x=x.data, y=y.data, NUMEL=y.numel, XC=xc, YC=yc, BLOCK=BLOCK)
 
-    def sum_chunks(self, table: Tensor, x: Temp, y: View, chunk: int, per_row: int, chunks: int, n: int) -> None:
+    def sum_chunks(self, table: Tensor, x: Temp, y: View, chunk: int, per_row: int, chunks: int, n: int, update: Update | None = None) -> None:
         size = power(n, 16, 256)
-        grid = (blocks(n, size), self.tasks)
-        self.launch(tiles.sum_chunks, grid, offsets=table, x=x, y=y.data, chunk=chunk, per_row=per_row, chunks=chunks, n=n, y_task=y.task, BS=16, BN=size)
+        args = dict(offsets=table, x=x, y=y.data, chunk=chunk, per_row=per_row, chunks=chunks, n=n, y_task=y.task, **updating("", update))
+        self.launch(tiles.sum_chunks, (blocks(n, size), self.tasks), **args, BS=16, BN=size)
 
 
 
 # ---------------------------------------------------------------------------------------------------------------- layouts
-def channels_last(view: View) -> int:
-    """Channels of rows as they are stored: images have them last, other rows count as one channel of themselves."""
-    return view.shape[0] if len(view.shape) == 3 else 1
-
-
 def plain(s: Site, view: View | None) -> View | None:
     """Rows in the Plan's order."""
-    if view is None or channels_last(view) in (1, view.numel):
+    if view is None or channels_last(view.shape) in (1, view.numel):
         return view
     out = s.like(view)
-    s.reshape(view, out, channels_last(view), 1)
+    s.reshape(view, out, channels_last(view.shape), 1)
     return out
 
 
@@ -163,7 +174,7 @@ def by_channel(s: Site, view: View | None) -> View | None:
 
 def delivered(s: Site, y: View, channels: int) -> tuple[View, Callable[[], None]]:
     """Where a kernel may write rows with that many channels behind the pixels, and what then brings them to ``y``."""
-    if channels == channels_last(y) or {channels, channels_last(y)} <= {1, y.numel}:
+    if channels == channels_last(y.shape) or {channels, channels_last(y.shape)} <= {1, y.numel}:
         return y, lambda: None
     out = s.like(y)
-    return out, lambda: s.reshape(out, y, channels, channels_last(y))
+    return out, lambda: s.reshape(out, y, channels, channels_last(y.shape))

@@ -184,5 +184,16 @@ class Storage:
         return _permute(flat.view((*lead, *stored)), back).clone(memory_format=torch.contiguous_format)
 
 
+def channels_last(shape: tuple[int, ...]) -> int:
+    """Channels of rows as they are stored: images have them last, other rows count as one channel of themselves."""
+    return shape[0] if len(shape) == 3 else 1
+
+
+def same_order(x: tuple[int, ...], y: tuple[int, ...]) -> bool:
+    """Whether rows of one shape are stored as the same numbers in another."""
+    channels = {channels_last(x), channels_last(y)}
+    return len(channels) == 1 or channels <= {1, math.prod(x)}
+
+
 def with_task(view: View, data: Any, task: int) -> View:
     return replace(view, data=data, task=task)

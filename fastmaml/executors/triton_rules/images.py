@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from fastmaml.executors.triton_rules.weights import _reshape_weight
-from fastmaml.executors.triton_site import BLOCK, Attrs, Site, Views, blocks, channels_last, data, rule, step
-from fastmaml.executors.triton_storage import View
+from fastmaml.executors.triton_site import BLOCK, Attrs, Site, Views, blocks, data, rule, step
+from fastmaml.executors.triton_storage import View, channels_last, same_order
 from fastmaml.kernels import avgpool2d, maxpool2d, pad2d, rows
 
 
@@ -89,10 +89,9 @@ def reshape_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     (x,), (y,) = inputs, outputs
     if not attrs["rows"]:
         return _reshape_weight(s, x, y)
-    xc, yc = channels_last(x), channels_last(y)
-    if xc == yc or {xc, yc} <= {1, y.numel}:
+    if same_order(x.shape, y.shape):
         return s.axpy(y, None, None, x)
-    return s.reshape(x, y, xc, yc)
+    return s.reshape(x, y, channels_last(x.shape), channels_last(y.shape))
 
 
 def _copy_rows(s: Site, x: View | None, y: View, extent: str, behind: str | None = None, y_behind: str | None = None) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from fastmaml.executors.triton_fusion import Update
 from fastmaml.executors.triton_site import (
     CHUNK,
     SUMMED,
     Attrs,
     Site,
     Views,
+    activating,
     blocks,
     by_channel,
     data,
@@ -20,7 +23,7 @@ from fastmaml.executors.triton_site import (
     rule,
     step,
 )
-from fastmaml.executors.triton_storage import Temp, View
+from fastmaml.executors.triton_storage import View
 from fastmaml.kernels import batchnorm, layernorm
 
 
@@ -59,12 +62,12 @@ def batchnorm_running_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) 
     s.launch(batchnorm.batchnorm_running_fwd, (blocks(c, power(c, 1, 256)), s.tasks), **args)
 
 
-def _sums(s: Site, attrs: Attrs, mode: str, extent: str, counted: str, x: View, **operands: Any) -> tuple[Temp, Temp, dict[str, Any]]:
-    """The two sums of every chunk, and what finishing them needs."""
+def _sums(s: Site, attrs: Attrs, mode: str, extent: str, counted: str, x: View, whole: Views = (), **operands: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The two sums of every chunk, and what finishing them needs; nothing does, and they are in ``whole``, where that is given and there is one chunk."""
     (c, p), (bm, bc) = _pixels(x), _tile(x.shape[0], SUMMED, 1024 if mode == "bwd_stats_jvp" else 2048)
     table, most, tasks = s.own(extent)
     chunks = blocks(most * p, CHUNK)
-    one, two = s.temp(tasks * chunks * c), s.temp(tasks * chunks * c)
+    one, two = map(data, whole) if whole and chunks == 1 else (s.temp(tasks * chunks * c), s.temp(tasks * chunks * c))
     absent = dict.fromkeys(("dy", "xt", "mean_t", "rstd_t", "dyt"))
     shape = dict(counted=s.storage.offsets[counted], chunk=CHUNK, chunks=chunks, C=c, P=p)
     args = absent | operands | shape | dict(offsets=table, x=x.data, sums=one, products=two, MODE=mode, BM=bm, BC=bc)
@@ -92,9 +95,9 @@ def batchnorm_bwd_stats(s: Site, attrs: Attrs, inputs: Views, outputs: Views) ->
     if xt is None and mean_t is None and rstd_t is None:
         dy = dy if mode == "bwd_stats" else None
     operands = dict(mean=mean.data, rstd=rstd.data, dy=data(dy), xt=data(xt), mean_t=data(mean_t), rstd_t=data(rstd_t), dyt=data(dyt))
-    *parts, shape = _sums(s, attrs, mode, x.rows, x.rows, x, **operands)
+    *parts, shape = _sums(s, attrs, mode, x.rows, x.rows, x, outputs, **operands)
     for part, whole in zip(parts, outputs, strict=True):
-        if whole is not None:
+        if whole is not None and shape["chunks"] > 1:
             s.sum_chunks(s.storage.offsets[x.rows], part, whole, CHUNK, shape["P"], shape["chunks"], shape["C"])
 
 
@@ -113,7 +116,7 @@ def _batchnorm_rows(s: Site, attrs: Attrs, mode: str, x: View, y: View, index: V
     table, most, tasks = s.own(x.rows)
     counted = None if attrs["stat_rows"] is None or not mode.startswith("bwd") else s.storage.offsets[attrs["stat_rows"]]
     args |= dict(offsets=table, counted=counted, x=x.data, index=data(index), y=y.data, C=c, P=p, MODE=mode, POOLED=index is not None, **window)
-    args |= dict(gamma_task=step(views.get("gamma")), beta_task=step(views.get("beta")), BM=bm, BC=bc)
+    args |= dict(gamma_task=step(views.get("gamma")), beta_task=step(views.get("beta")), BM=bm, BC=bc, **activating(attrs, "relu_mask"))
     s.launch(batchnorm.batchnorm_rows, (blocks(most * p, bm), blocks(c, bc), tasks), **args)
     deliver()
 
@@ -180,7 +183,7 @@ class _RowNorm:
         s.launch(layernorm.layernorm_rows, (blocks(most * self.cut["U"], bm), blocks(gn, bc), tasks), **args)
         deliver()
 
-    def weight(self, tangent: bool, outputs: Views) -> None:
+    def weight(self, tangent: bool, outputs: Views, updates: Sequence[Update | None] = (None, None)) -> None:
         s, gn, u = self.s, self.cut["GN"], self.cut["U"]
         table, most, tasks = s.own(self.x.rows)
         chunks = blocks(most * u, CHUNK)
@@ -189,9 +192,9 @@ class _RowNorm:
         args = dict(offsets=table, x=self.x.data, moments=self.moments, dgamma=parts[0], dbeta=parts[1], chunk=CHUNK, chunks=chunks)
         args |= {k: data(v) for k, v in self.rows.items()} | self.cut | dict(TANGENT=tangent, BM=bm, BC=bc)
         s.launch(layernorm.layernorm_weight, (blocks(gn, bc), chunks, tasks), **args)
-        for part, whole in zip(parts, outputs, strict=True):
+        for part, whole, update in zip(parts, outputs, updates, strict=True):
             if whole is not None:
-                s.sum_chunks(table, part, whole, CHUNK, u, chunks, gn)
+                s.sum_chunks(table, part, whole, CHUNK, u, chunks, gn, update)
 
 
 def _register_rownorm(name: str) -> None:
@@ -218,12 +221,12 @@ def _register_rownorm(name: str) -> None:
     @rule(f"{name}_bwd_weight")
     def bwd_weight(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
         x, dy = inputs
-        _RowNorm(s, attrs, name, x, dy=dy).weight(False, outputs)
+        _RowNorm(s, attrs, name, x, dy=dy).weight(False, outputs, attrs.get("updates", (None, None)))
 
     @rule(f"{name}_bwd_weight_jvp")
     def bwd_weight_jvp(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
         x, dy, xt, dyt = inputs
-        _RowNorm(s, attrs, name, x, dy=dy, xt=xt, dyt=dyt).weight(True, outputs)
+        _RowNorm(s, attrs, name, x, dy=dy, xt=xt, dyt=dyt).weight(True, outputs, attrs.get("updates", (None, None)))
 
 
 for _name in ("layernorm", "groupnorm"):

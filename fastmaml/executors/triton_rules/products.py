@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fastmaml.executors.triton_site import CHUNK, Attrs, Site, Views, blocks, data, delivered, plain, power, rule, step
+from fastmaml.executors.triton_site import (
+    CHUNK,
+    Attrs,
+    Site,
+    Views,
+    activating,
+    blocks,
+    data,
+    delivered,
+    plain,
+    power,
+    rule,
+    step,
+    updating,
+)
 from fastmaml.executors.triton_storage import View
 from fastmaml.kernels import conv2d, factored_linear
 
@@ -58,8 +72,8 @@ def _warps(precision: str, rows: int, columns: int) -> dict[str, int]:
     return {"num_warps": 8 if rows * columns >= 4096 and precision.endswith("x3") else 4, "num_stages": 3}
 
 
-def product(s: Site, g: Geometry, pairs: Sequence[tuple[View | None, View | None]], bias: View | None, y: View, reverse: bool) -> None:
-    """y = the sum of x * w over the pairs where neither is absent, and the bias."""
+def product(s: Site, g: Geometry, pairs: Sequence[tuple[View | None, View | None]], bias: View | None, y: View, reverse: bool, attrs: Attrs) -> None:
+    """y = the sum of x * w over the pairs where neither is absent, and the bias; then the activation, if attrs have one."""
     given = [pair for pair in pairs if None not in pair]
     (x, w), (x2, w2) = (*given, (None, None), (None, None))[:2]
     table, most, tasks = s.offsets(y.rows, w, w2, bias)
@@ -67,12 +81,13 @@ def product(s: Site, g: Geometry, pairs: Sequence[tuple[View | None, View | None
     n, k = power(g.CO, 16, 64), power(g.depth, 16, 32)
     grid = (blocks(most * g.OH * g.OW, m), blocks(g.CO, n), tasks)
     args = dict(offsets=table, x=data(x), w=data(w), x2=data(x2), w2=data(w2), bias=data(bias), y=y.data)
-    args |= dict(w_task=step(w), w2_task=step(w2), bias_task=step(bias), **vars(g), REVERSED=reverse, BM=m, BN=n, BK=k, PRECISION=s.precision)
+    args |= dict(w_task=step(w), w2_task=step(w2), bias_task=step(bias), **vars(g), REVERSED=reverse, BM=m, BN=n, BK=k, PRECISION=s.precision, **activating(attrs))
     s.launch(conv2d.conv2d_rows, grid, _warps(s.precision, m, n), **args)
 
 
-def weight_product(s: Site, g: Geometry, extent: str, pairs: Sequence[tuple[View | None, View | None]], dw: View | None, db: View | None) -> None:
-    """dw = the sum of x^T dy over the pairs, db = the row sum of the first dy."""
+def weight_product(s: Site, g: Geometry, extent: str, pairs: Sequence[tuple[View | None, View | None]], out: Views, attrs: Attrs) -> None:
+    """Of out = (dw, db), dw = the sum of x^T dy over the pairs, db = the row sum of the first dy; then their updates, if attrs have some."""
+    (dw, db), updates = out, attrs.get("updates", (None, None))
     (x, dy), (x2, dy2) = (*pairs, (None, None))[:2]
     if x2 is None or dy2 is None:
         x2 = dy2 = None
@@ -80,14 +95,15 @@ def weight_product(s: Site, g: Geometry, extent: str, pairs: Sequence[tuple[View
     pixels, numel = g.OH * g.OW, g.depth * g.CO
     chunks = blocks(most * pixels, CHUNK)
     k, n, m = power(g.depth, 32, 64), power(g.CO, 16, 64), 32
-    out = [None if v is None else v if chunks == 1 else replace(v, data=s.temp(tasks * chunks * v.numel), task=v.numel) for v in (dw, db)]
+    parts = [None if v is None else v if chunks == 1 else replace(v, data=s.temp(tasks * chunks * v.numel), task=v.numel) for v in (dw, db)]
     grid = (blocks(g.depth if dw else 1, k) * blocks(g.CO, n), chunks, tasks)
-    args = dict(offsets=table, x=data(x), dy=data(dy), x2=data(x2), dy2=data(dy2), dw=data(out[0]), db=data(out[1]), chunk=CHUNK, chunks=chunks)
+    args = dict(offsets=table, x=data(x), dy=data(dy), x2=data(x2), dy2=data(dy2), dw=data(parts[0]), db=data(parts[1]), chunk=CHUNK, chunks=chunks)
+    args |= {k: v for name, update in zip(("w_", "b_"), updates, strict=True) for k, v in updating(name, update if chunks == 1 else None).items()}
     args |= dict(dw_task=numel, db_task=g.CO, **vars(g), TILES_N=blocks(g.CO, n), BM=m, BN=n, BK=k, PRECISION=s.precision)
     s.launch(conv2d.conv2d_weight, grid, _warps(s.precision, k, n), **args)
-    for part, whole in zip(out, (dw, db), strict=True):
+    for part, whole, update in zip(parts, (dw, db), updates, strict=True):
         if whole is not None and chunks > 1:
-            s.sum_chunks(table, part.data, whole, CHUNK, pixels, chunks, whole.numel)
+            s.sum_chunks(table, part.data, whole, CHUNK, pixels, chunks, whole.numel, update)
 
 
 @rule("linear_fwd", "linear_jvp")
@@ -97,7 +113,7 @@ def linear_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     y, deliver = delivered(s, outputs[0], 1)
     x, xt = plain(s, x), plain(s, xt)
     pairs = [(xt, w), (x, wt)] if len(rest) > 1 else [(x, w)]
-    product(s, _linear(x, w.shape), pairs, b, y, False)
+    product(s, _linear(x, w.shape), pairs, b, y, False, attrs)
     deliver()
 
 
@@ -107,7 +123,7 @@ def linear_bwd_input(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> No
     x, deliver = delivered(s, outputs[0], 1)
     dy, dyt = plain(s, dy), plain(s, dyt)
     pairs = [(dyt, w), (dy, wt)] if len(inputs) > 2 else [(dy, w)]
-    product(s, _back(_linear(x, w.shape)), pairs, None, x, False)
+    product(s, _back(_linear(x, w.shape)), pairs, None, x, False, attrs)
     deliver()
 
 
@@ -117,13 +133,13 @@ def linear_bwd_weight(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> N
     pairs = [(x, dyt), (xt, dy)] if len(inputs) > 2 else [(x, dy)]
     any_x, any_dy = x or xt, dy or dyt
     g = _linear(any_x, (any_dy.shape[-1], any_x.shape[-1]))
-    weight_product(s, g, any_x.rows, pairs, *outputs)
+    weight_product(s, g, any_x.rows, pairs, outputs, attrs)
 
 
 @rule("row_sum_bwd", "row_sum_bwd_jvp")
 def row_sum_bwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     (dy,) = inputs
-    weight_product(s, Geometry(1, 1, 1, 1, 1, dy.numel), dy.rows, [(dy, dy)], None, outputs[0])
+    weight_product(s, Geometry(1, 1, 1, 1, 1, dy.numel), dy.rows, [(dy, dy)], (None, *outputs), {"updates": (None, *attrs.get("updates", (None,)))})
 
 
 @rule("conv2d_fwd", "conv2d_jvp")
@@ -131,7 +147,7 @@ def conv2d_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     x, w, *rest = inputs
     xt, wt, b = (None, None, *rest) if len(rest) == 1 else rest
     pairs = [(xt, w), (x, wt)] if len(rest) > 1 else [(x, w)]
-    product(s, _conv2d(attrs, x.shape, outputs[0].shape, w.shape), pairs, b, outputs[0], False)
+    product(s, _conv2d(attrs, x.shape, outputs[0].shape, w.shape), pairs, b, outputs[0], False, attrs)
 
 
 @rule("conv2d_bwd_input", "conv2d_bwd_input_jvp")
@@ -139,7 +155,7 @@ def conv2d_bwd_input(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> No
     dy, w, dyt, wt = (*inputs, None, None)[:4]
     pairs = [(dyt, w), (dy, wt)] if len(inputs) > 2 else [(dy, w)]
     g = _conv2d(attrs, attrs["input_shape"], (dy or dyt).shape, attrs["weight_shape"])
-    product(s, _back(g), pairs, None, outputs[0], True)
+    product(s, _back(g), pairs, None, outputs[0], True, attrs)
 
 
 @rule("conv2d_bwd_weight", "conv2d_bwd_weight_jvp")
@@ -147,7 +163,7 @@ def conv2d_bwd_weight(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> N
     x, dy, xt, dyt = (*inputs, None, None)[:4]
     pairs = [(x, dyt), (xt, dy)] if len(inputs) > 2 else [(x, dy)]
     g = _conv2d(attrs, attrs["input_shape"], (dy or dyt).shape, attrs["weight_shape"])
-    weight_product(s, g, (dy or dyt).rows, pairs, *outputs)
+    weight_product(s, g, (dy or dyt).rows, pairs, outputs, attrs)
 
 
 

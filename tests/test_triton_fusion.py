@@ -1,0 +1,91 @@
+"""What the triton executor fuses: how many launches a meta-iteration takes, which instructions and buffers are left. Nothing is run here (triton_cases.py does)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed (pip install triton: Linux)")
+
+import fastmaml.nn as nets
+from fastmaml.executors.triton_fusion import Fused, fuse
+from fastmaml.executors.triton_lowering import Lowering
+from fastmaml.executors.triton_storage import Bucket
+from fastmaml.plan import Arrangement, Plan, Rate, build_plan
+from fastmaml.trace import trace
+
+
+def conv4(steps: int = 1, **options: object) -> Plan:
+    program = trace(nets.PyTorchMAMLConv().train(), (1, 28, 28)).with_roles(lambda _: "adapted")
+    learned = options.pop("learned", False)
+    rates = {leaf.name: Rate("lr", learned=learned) for leaf in program.leaves}
+    return build_plan(program, Arrangement(steps=steps, rates=rates, support_rows=5, **options))
+
+
+def launched(plan: Plan) -> Counter:
+    """Of a meta-batch of pytorch-maml: 32 tasks, 5 and 75 rows."""
+    return Counter(launch.kernel.__name__ for half in Lowering(plan, Bucket(32, 5, 75), "meta").halves for launch in half)
+
+
+def chains(plan: Plan) -> Counter:
+    return Counter("+".join(part.kernel for part in instr.parts) for _, instr in plan.instructions() if isinstance(instr, Fused))
+
+
+def test_launches_of_conv4() -> None:
+    plan = conv4()
+    before, after = launched(plan), launched(fuse(plan))
+    assert (before.total(), after.total()) == (243, 184)
+    assert not {"relu_fwd", "relu_masked"} & set(after), "every relu is an epilogue"
+    assert before["axpy"] - after["axpy"] == 35, "updates of weights and biases of products, copies, reshapes"
+
+
+def test_what_is_fused_in_conv4() -> None:
+    found = chains(fuse(conv4()))
+    assert found == {
+        "batchnorm_fwd+relu_fwd": 6,
+        "batchnorm_fwd+relu_fwd+reshape_fwd": 2,
+        "batchnorm_jvp+relu_jvp": 3,
+        "batchnorm_jvp+relu_jvp+reshape_jvp": 1,
+        "conv2d_bwd_input+relu_bwd": 6,
+        "conv2d_bwd_input_jvp+relu_bwd_jvp": 3,
+        "linear_bwd_input+reshape_bwd+relu_bwd": 2,
+        "linear_bwd_input_jvp+reshape_bwd_jvp+relu_bwd_jvp": 1,
+        "conv2d_bwd_weight+sgd_fwd+sgd_fwd": 4,
+        "conv2d_bwd_weight_jvp+axpy_fwd+axpy_fwd": 4,
+        "linear_bwd_weight+sgd_fwd+sgd_fwd": 1,
+        "linear_bwd_weight_jvp+axpy_fwd+axpy_fwd": 1,
+    }
+
+
+def test_gradients_are_not_stored() -> None:
+    plan = conv4()
+    gone = {name for name in plan.buffers if name not in fuse(plan).buffers}
+    assert {"g.block2.conv.weight", "g.classifier.bias", "g.block1.norm.weight"} <= gone
+    assert not gone & {*plan.results, *plan.inputs}
+
+
+def test_a_learned_rate_keeps_its_gradient() -> None:
+    """A gradient that is kept for each step, to be read again when the rates' own are made, is not swallowed by the update."""
+    program = trace(nets.PyTorchMAMLConv().train(), (1, 28, 28)).with_roles(lambda _: "adapted")
+    rates = {leaf.name: Rate(f"lr.{leaf.name}", learned=True) for leaf in program.leaves}
+    fused = fuse(build_plan(program, Arrangement(steps=3, rates=rates, support_rows=5)))
+    read = {ref.buffer for _, instr in fused.instructions() if instr.kernel == "sgd_bwd_rate" for ref in instr.reads()}
+    assert {f"g.{leaf.name}" for leaf in program.leaves if "conv.weight" in leaf.name} <= read <= set(fused.buffers)
+    assert not any("bwd_weight+sgd" in chain for chain in chains(fused))
+
+
+@pytest.mark.parametrize("options", [{}, {"first_order": True}, {"learned": True}, {"memory": "fast"}, {"query_from": 1}, {"entry": "halves"}], ids=str)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_nothing_is_read_before_it_is_written(steps: int, options: dict) -> None:
+    """The fused Plan in order of its schedule, as slots of buffers."""
+    fused = fuse(conv4(steps, **options))
+    lowering = Lowering(fused, Bucket(2, 5, 5), "meta")
+    there = {(name, slot) for name in fused.inputs for slot in range(max(fused.buffers[name].steps, 1))}
+    for phase in fused.schedule:
+        for step in phase.steps():
+            for segment in phase.segments:
+                for instr in fused.segments[segment].instructions:
+                    missing = {lowering.storage.key(ref, step) for ref in instr.reads()} - there
+                    assert not missing, (instr.kernel, missing)
+                    there |= {lowering.storage.key(ref, step) for ref in instr.writes()}
