@@ -1,32 +1,34 @@
-"""What is done over tasks: which of them are finite, and their weighted sum, in batch order."""
+"""What is done over tasks: which of them are finite, and their weighted sum, in batch order; of several arrays at once (tiles.array_of)."""
 
 import triton
 import triton.language as tl
-from fastmaml.kernels.tiles import rows_of
+from fastmaml.kernels.tiles import address, array_of
 
 
 @triton.jit
-def all_finite(offsets, x, finite, per, task, BLOCK: tl.constexpr):
-    """finite[task] = 0 where a number of x is not (whoever finds one writes the same 0). ``offsets`` None: ``per`` numbers of each task. Grid: blocks, tasks."""
-    t = tl.program_id(1)
-    n = per
-    start = t.to(tl.int64) * task
-    if offsets is not None:
-        first, rows = rows_of(offsets, t)
-        n = rows * per
-        start = first * per
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    v = tl.load(x + start + i, i < n, 0.0)
+def all_finite(blocks, arrays, finite, BLOCK: tl.constexpr):
+    """finite[task] = 0 where a number of x is not (whoever finds one writes the same 0). ``arrays`` [n, 4]: addresses of x and of the offsets of its rows,
+    or 0; numbers of a row, or of a task; x_task. Grid: blocks, tasks."""
+    row, block = array_of(blocks, arrays, 4)
+    t = tl.program_id(1).to(tl.int64)
+    offsets, per = tl.load(row + 1).to(tl.pointer_type(tl.int32)), tl.load(row + 2)
+    by_rows = tl.load(row + 1) != 0
+    first = tl.load(offsets + t, by_rows, 0).to(tl.int64)
+    rows = tl.load(offsets + t + 1, by_rows, 1).to(tl.int64) - first
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    x = address(row) + first * per + t * tl.load(row + 3)
+    v = tl.load(x + i, i < rows * per, 0.0)
     tl.store(finite + t, 0, mask=tl.sum((v - v != 0).to(tl.int32), 0) > 0)
 
 
 @triton.jit
-def sum_tasks(x, weights, finite, y, n, tasks, task, BLOCK: tl.constexpr):
-    """y = sum over the finite tasks of weight x. Grid: blocks."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def sum_tasks(blocks, arrays, weights, finite, tasks, BLOCK: tl.constexpr):
+    """y = sum over the finite tasks of weight x. ``arrays`` [n, 4]: addresses of x and y, numbers of a task, x_task. Grid: blocks."""
+    row, block = array_of(blocks, arrays, 4)
+    x, n, x_task = address(row), tl.load(row + 2), tl.load(row + 3)
+    i = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for t in range(0, tasks):
-        v = tl.load(weights + t) * tl.load(x + i, i < n, 0.0)
+        v = tl.load(weights + t) * tl.load(x + t * x_task + i, i < n, 0.0)
         total += tl.where(tl.load(finite + t) != 0, v, 0.0)
-        x += task
-    tl.store(y + i, total, i < n)
+    tl.store(address(row + 1) + i, total, i < n)

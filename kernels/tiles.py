@@ -14,6 +14,19 @@ def rows_of(offsets, t):
 
 
 @triton.jit
+def array_of(blocks, arrays, WIDTH: tl.constexpr):
+    """(row of ``arrays`` [n, WIDTH], block of that array) of a program, for kernels that walk over several arrays: ``blocks`` [programs, 2] has both."""
+    p = tl.program_id(0)
+    return arrays + tl.load(blocks + 2 * p) * WIDTH, tl.load(blocks + 2 * p + 1)
+
+
+@triton.jit
+def address(row):
+    """An array of float32 whose address stands there; 0: there is none."""
+    return tl.load(row).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, summed in float32. PRECISION: "bf16", both factors rounded to bfloat16; else what tl.dot calls input_precision: "tf32x3" (the error of
     float32), "bf16x3" (half of its digits more than "tf32"), "tf32"."""

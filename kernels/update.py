@@ -10,7 +10,7 @@
 
 import triton
 import triton.language as tl
-from fastmaml.kernels.tiles import rows_of
+from fastmaml.kernels.tiles import address, array_of, rows_of
 
 
 @triton.jit
@@ -37,6 +37,26 @@ def axpy(count, offsets, a, s, b, y, sign, per, a_task, s_task, b_task, y_task, 
     if a is not None:
         v += tl.load(a + t * a_task + i, there, 0.0)
     tl.store(y + t * y_task + i, v, there)
+
+
+@triton.jit
+def _numbers(row, operand: tl.constexpr, t, i):
+    """Of an operand of ``axpys``; zero where there is none."""
+    n = tl.where(tl.load(row + operand) != 0, tl.load(row + 4), 0)
+    return tl.load(address(row + operand) + t * tl.load(row + 5 + operand) + i, i < n, 0.0)
+
+
+@triton.jit
+def axpys(blocks, arrays, sign, BLOCK: tl.constexpr):
+    """The same of several arrays at once, s one number. ``arrays`` [n, 9]: addresses of y, a, s, b (a, s or b may be 0), numbers of a task,
+    then <operand>_task of y, a, s, b. Grid: blocks (tiles.array_of), tasks."""
+    row, block = array_of(blocks, arrays, 9)
+    t = tl.program_id(1).to(tl.int64)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    v = sign * _numbers(row, 3, t, i)
+    v *= tl.load(address(row + 2) + t * tl.load(row + 7), tl.load(row + 2) != 0, 1.0)
+    v += _numbers(row, 1, t, i)
+    tl.store(address(row) + t * tl.load(row + 5) + i, v, i < tl.load(row + 4))
 
 
 @triton.jit

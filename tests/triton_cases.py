@@ -25,7 +25,8 @@ from fastmaml.executors.torch import Task, TorchExecutor
 from fastmaml.executors.triton import INTERPRETED, TritonExecutor, Workspace
 from fastmaml.executors.triton_fusion import Fused, fuse
 from fastmaml.executors.triton_rules import RULES
-from fastmaml.executors.triton_storage import Bucket
+from fastmaml.executors.triton_site import Site
+from fastmaml.executors.triton_storage import Bucket, View
 from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.plan import Arrangement, Plan, Rate
 from fastmaml.plan.instructions import Instruction
@@ -348,6 +349,29 @@ def unfused(plan: Plan) -> TritonExecutor:
     executor = TritonExecutor(plan, "highest")
     executor.fused = plan
     return executor
+
+
+def test_sums_of_several_arrays() -> None:
+    """axpys and sum_tasks over arrays of more than a block, with operands that are absent or the same for all tasks."""
+    generator = torch.Generator().manual_seed(0)
+    tasks, sizes = 3, (5, 1500, 1)
+    site = Site(SimpleNamespace(bucket=Bucket(tasks, 1, 1), device=DEVICE, one=torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)))
+    truth, found = [], []
+    with site.together():
+        for n, absent in zip(sizes, ("a", "s", "b"), strict=True):
+            shared = torch.randn(1, n, generator=generator).to(DEVICE)
+            each = torch.randn(tasks, n, generator=generator).to(DEVICE)
+            rate = torch.randn(tasks, 1, generator=generator).to(DEVICE)
+            y = torch.full((tasks, n), torch.nan, device=DEVICE)
+            a, s, b = (None if name == absent else v for name, v in (("a", shared), ("s", rate), ("b", each)))
+            views = [v if v is None else View(v, (v.shape[1],), None, 0 if v is shared else v.shape[1]) for v in (y, a, s, b)]
+            site.axpy(*views, -1.0)
+            found.append((y, views))  # the launch knows addresses alone
+            truth.append((0 if a is None else a) - (0 if b is None else b) * (1 if s is None else s))
+    (launch,) = site.launches
+    launch()
+    for (y, _), expected in zip(found, truth, strict=True):
+        assert torch.allclose(y, expected.expand_as(y), rtol=1e-6, atol=1e-7)
 
 
 FUSIBLE = {

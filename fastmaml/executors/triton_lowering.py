@@ -1,7 +1,12 @@
-"""A Plan and a bucket become lists of launches: the schedule unrolled over its steps, one or a few launches for each instruction."""
+"""A Plan and a bucket become lists of launches: the schedule unrolled over its steps, one or a few launches for each instruction.
+
+What triton_fusion.py has put together is an instruction here. Sums of weights that follow one another are one launch, as are those over tasks of all gradients.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +14,7 @@ import torch
 
 from fastmaml.executors.triton_fusion import Fused
 from fastmaml.executors.triton_rules import RULES
-from fastmaml.executors.triton_site import BLOCK, Launch, Site, blocks
+from fastmaml.executors.triton_site import BLOCK, Launch, Site, blocks, pointer
 from fastmaml.executors.triton_storage import Bucket, Storage, Temp, View
 from fastmaml.kernels import tasks
 from fastmaml.plan.instructions import Instruction, Operand, Phase, Plan
@@ -17,6 +22,7 @@ from fastmaml.plan.instructions import Instruction, Operand, Phase, Plan
 # How products are computed, by precision: in HVP passes, whose ReLU masks and maxima are stored, and in all others. Three products in TF32 have the error of
 # float32, three in bfloat16 that of 16 bits.
 PRODUCTS = {"highest": ("tf32x3", "tf32x3"), "high": ("tf32", "tf32x3"), "medium": ("bf16", "bf16x3")}
+SUMS = {"sgd_fwd", "sgd_bwd", "axpy_fwd", "scale_fwd", "copy_fwd", "zero_fwd"}  # all of them axpy
 
 
 class Lowering:
@@ -63,9 +69,28 @@ class Lowering:
         for step in phase.steps():
             for name in phase.segments:
                 self.site.precision = PRODUCTS[self.precision][name != "hvp"]
-                for instr in self.plan.segments[name].instructions:
-                    self._instruction(instr, step, done, shared)
+                for instructions in self._together(self.plan.segments[name].instructions, step):
+                    with self.site.together() if len(instructions) > 1 else contextlib.nullcontext():
+                        for instr in instructions:
+                            self._instruction(instr, step, done, shared)
         self.site.tasks = self.bucket.tasks
+
+    def _together(self, instructions: Iterable[Instruction], step: int) -> Iterator[list[Instruction]]:
+        """The same in order; sums of weights that follow one another, and have nothing to do with each other, at once."""
+        found: list[Instruction] = []
+        read: set[tuple[str, int]] = set()
+        written: set[tuple[str, int]] = set()
+        for instr in instructions:
+            reads, writes = ({self.storage.key(ref, step) for ref in refs} for refs in (instr.reads(), instr.writes()))
+            sums = instr.kernel in SUMS and not any(self.plan.buffers[name].rows for name, _ in reads | writes)
+            if found and not (sums and found[-1].kernel in SUMS and not (writes & (read | written) or reads & written)):
+                yield found
+                found, read, written = [], set(), set()
+            found.append(instr)
+            read |= reads
+            written |= writes
+        if found:
+            yield found
 
     def _instruction(self, instr: Instruction, step: int, done: dict[tuple[str, int], None], shared: bool) -> None:
         keys = [None if ref is None else self.storage.key(ref, step) for ref in instr.outputs]
@@ -100,25 +125,24 @@ class Lowering:
         """Marks the tasks with a loss, logits, or a part of a gradient that is not finite."""
         names = [n for n in self.plan.results if n.startswith(("loss", "logits"))] + [r.source.buffer for r in self.plan.reductions]
         views = [self.storage.view(name, slot) for name, slot in done if name in names]
-        for view in views + [self._share(name) for name, _ in done if name in self.storage.shares]:
-            table = self.storage.offsets[view.rows] if view.rows else None
-            n = view.numel * (self.bucket.rows(view.rows) if view.rows else 1)
-            args = dict(offsets=table, x=view.data, finite=self.storage.finite, per=view.numel, task=view.task, BLOCK=BLOCK)
-            self.site.launch(tasks.all_finite, (blocks(n, BLOCK), self.bucket.tasks), **args)
+        views += [self._share(name) for name, _ in done if name in self.storage.shares]
+        rows = [[pointer(v), self.storage.offsets[v.rows].data_ptr() if v.rows else 0, v.numel, v.task] for v in views]
+        programs, args = self.site.arrays(rows, [blocks(v.numel * (self.bucket.rows(v.rows) if v.rows else 1), BLOCK) for v in views])
+        if views:
+            self.site.launch(tasks.all_finite, (programs, self.bucket.tasks), **args, finite=self.storage.finite, BLOCK=BLOCK)
 
     def _sums(self, done: dict[tuple[str, int], None]) -> None:
+        pairs = []
         for reduction in self.plan.reductions:
             source = self.plan.buffers[reduction.source.buffer]
             for slot in range(max(source.steps, 1)):
-                self._sum(self.storage.view(source.name, slot), self.storage.view(reduction.target, slot))
+                pairs.append((self.storage.view(source.name, slot), self.storage.view(reduction.target, slot)))
                 done[reduction.target, slot] = None
-        for name in self.storage.shares:
-            self._sum(self._share(name), self.storage.view(name, 0))
-
-    def _sum(self, x: View, y: View) -> None:
-        args: dict[str, Any] = dict(x=x.data, weights=self.storage.task_weights, finite=self.storage.finite, y=y.data)
-        args |= dict(n=y.numel, tasks=self.bucket.tasks, task=x.task, BLOCK=128)
-        self.site.launch(tasks.sum_tasks, (blocks(y.numel, 128),), **args)
+        pairs += [(self._share(name), self.storage.view(name, 0)) for name in self.storage.shares]
+        programs, args = self.site.arrays([[pointer(x), pointer(y), y.numel, x.task] for x, y in pairs], [blocks(y.numel, 128) for _, y in pairs])
+        args |= dict(weights=self.storage.task_weights, finite=self.storage.finite, tasks=self.bucket.tasks, BLOCK=128)
+        if pairs:
+            self.site.launch(tasks.sum_tasks, (programs,), **args)
 
     def _place(self, launches: list[Launch]) -> None:
         """Gives temporaries their place: all instructions share one array."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,6 +76,11 @@ def step(view: View | None) -> int:
     return 0 if view is None else view.task
 
 
+def pointer(view: View | None) -> int:
+    """Where the numbers lie, for a table of addresses (storage does not move); 0: nowhere."""
+    return 0 if view is None else view.data.data_ptr()
+
+
 class Site:
     """What a rule needs besides its operands. ``tasks`` 1 where a phase runs once for all."""
 
@@ -83,6 +89,7 @@ class Site:
         self.tasks, self.precision = storage.bucket.tasks, "tf32x3"
         self.launches: list[Launch] = []
         self.constants: dict[tuple[int, ...], Tensor] = {}
+        self.terms: list[tuple[Any, ...]] | None = None
         self.temp_bytes = self._top = 0
 
     def begin(self) -> None:
@@ -125,8 +132,35 @@ class Site:
         """A temporary in the shape of some rows."""
         return replace(view, data=self.temp(self.bucket.tasks * self.bucket.rows(view.rows) * view.numel))
 
+    def arrays(self, rows: Sequence[Sequence[int]], programs: Sequence[int]) -> tuple[int, dict[str, Tensor]]:
+        """(programs, arguments) of a kernel over several arrays (tiles.array_of): of each what it has to know, and its number of blocks.
+
+        ``rows`` may hold addresses, of what lives as long as the launches: storage."""
+        blocks = [number for a, n in enumerate(programs) for block in range(n) for number in (a, block)]
+        return sum(programs), dict(blocks=self.table(blocks), arrays=torch.tensor(rows, dtype=torch.int64, device=self.storage.device))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is added to arrays in here, none of which has to do with another, is one launch."""
+        self.terms = []
+        yield
+        terms, self.terms = self.terms, None
+        alike: dict[tuple[float, int], list[tuple[View | None, ...]]] = {}
+        for *operands, sign in terms:
+            alike.setdefault((sign, self.span(operands[0])[2]), []).append(tuple(operands))
+        for (sign, copies), some in alike.items():
+            if len(some) == 1:
+                self.axpy(*some[0], sign)
+                continue
+            rows = [[*map(pointer, operands), operands[0].numel, *map(step, operands)] for operands in some]
+            programs, args = self.arrays(rows, [blocks(operands[0].numel, BLOCK) for operands in some])
+            self.launch(update.axpys, (programs, copies), **args, sign=sign, BLOCK=BLOCK)
+
     def axpy(self, y: View, a: View | None, s: View | None, b: View | None, sign: float = 1.0) -> None:
         """y = a + sign s b."""
+        if self.terms is not None and not y.rows and (s is None or s.numel == 1):
+            self.terms.append((y, a, s, b, sign))
+            return
         offsets, (count, n, copies) = None, self.span(y)
         if y.rows and step(s):  # each task's rows by a number of its own
             offsets, most, copies = self.own(y.rows)
