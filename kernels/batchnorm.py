@@ -21,8 +21,9 @@ from fastmaml.kernels.tiles import channel, element, rows_of
 
 
 @triton.jit
-def batchnorm_moments(offsets, counted, x, means, squares, chunk, chunks, C, P, BM: tl.constexpr, BC: tl.constexpr):
-    """Of each chunk of rows that make the statistics: mean, and the sum of (x - mean)^2. Grid: channels, chunks, tasks."""
+def batchnorm_moments(offsets, counted, x, means, squares, eps, chunk, chunks, C, P, WHOLE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """Of each chunk of rows that make the statistics: mean, and the sum of (x - mean)^2. WHOLE: of the only chunk mean and rstd, by the arithmetic of
+    ``batchnorm_stats_fwd``. Grid: channels, chunks, tasks."""
     s, t = tl.program_id(1), tl.program_id(2)
     first, _ = rows_of(offsets, t)
     _, rows = rows_of(counted, t)
@@ -42,6 +43,13 @@ def batchnorm_moments(offsets, counted, x, means, squares, chunk, chunks, C, P, 
             mask = (m < end)[:, None] & (c < C)[None, :]
             d = tl.where(mask, tl.load(start + m[:, None] * C + c[None, :], mask, 0.0) - mean[None, :], 0.0)
             square += tl.sum(d * d, 0)
+        if WHOLE:
+            n = end - begin
+            count = n.to(tl.float32)
+            average = count * mean / n
+            d = mean - average
+            mean = average
+            square = 1.0 / tl.sqrt((square + count * d * d) / n + eps)
         at = (t.to(tl.int64) * chunks + s) * C + c
         tl.store(means + at, mean, c < C)
         tl.store(squares + at, square, c < C)
@@ -112,8 +120,9 @@ def _xhat_t(d, xt, r, c, t, mask_c, mean_t, rstd_t, C):
 
 @triton.jit
 def batchnorm_sums(offsets, counted, x, mean, rstd, dy, xt, mean_t, rstd_t, dyt, sums, products, chunk, chunks, C, P,
-                   MODE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """Of each chunk, the two sums (either may be unwanted) of ``stats_jvp``, ``bwd_stats`` or ``bwd_stats_jvp``. Grid: channels, chunks, tasks."""
+                   MODE: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """Of each chunk, the two sums (either may be unwanted) of ``stats_jvp``, ``bwd_stats`` or ``bwd_stats_jvp``. WHOLE: of the only chunk what they are for;
+    for ``stats_jvp`` that is mean_t and rstd_t. Grid: channels, chunks, tasks."""
     s, t = tl.program_id(1), tl.program_id(2)
     first, _ = rows_of(offsets, t)
     _, rows = rows_of(counted, t)
@@ -142,6 +151,11 @@ def batchnorm_sums(offsets, counted, x, mean, rstd, dy, xt, mean_t, rstd_t, dyt,
                     v += tl.load(dy + at, mask, 0.0) * _xhat_t(d, element(xt, at, mask), r, c, t, c < C, mean_t, rstd_t, C)
             one += tl.sum(u, 0)
             two += tl.sum(tl.where(mask, v, 0.0), 0)
+        if WHOLE and MODE == "stats_jvp":
+            n = end - begin
+            q = tl.load(rstd + t * C + c, c < C, 0.0)
+            one = one / n
+            two = -q * q * q * (two / n)
         at = (t.to(tl.int64) * chunks + s) * C + c
         if sums is not None:
             tl.store(sums + at, one, c < C)

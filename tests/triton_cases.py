@@ -24,6 +24,7 @@ from fastmaml.executors.call import Results
 from fastmaml.executors.torch import Task, TorchExecutor
 from fastmaml.executors.triton import INTERPRETED, TritonExecutor, Workspace
 from fastmaml.executors.triton_fusion import Fused, fuse
+from fastmaml.executors.triton_lowering import Lowering
 from fastmaml.executors.triton_rules import RULES
 from fastmaml.executors.triton_site import Site
 from fastmaml.executors.triton_storage import Bucket, View
@@ -372,6 +373,31 @@ def test_sums_of_several_arrays() -> None:
     launch()
     for (y, _), expected in zip(found, truth, strict=True):
         assert torch.allclose(y, expected.expand_as(y), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kernel", ["stats_fwd", "stats_jvp", "bwd_stats"])
+def test_statistics_in_one_launch_have_the_same_bits(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task whose rows are one chunk: alone in one launch, beside a task of several chunks in two."""
+    monkeypatch.setattr("fastmaml.executors.triton_rules.norms.CHUNK", 24)
+    generator = torch.Generator().manual_seed(0)
+    x, xt = (torch.randn(60, 5, generator=generator).to(DEVICE) * 3 + 1 for _ in range(2))
+    mean, rstd = (torch.rand(2, 5, generator=generator).to(DEVICE) + 0.5 for _ in range(2))
+    found = []
+    for sizes in ([19], [19, 41]):
+        offsets = torch.tensor([0, 19, 60][: len(sizes) + 1], dtype=torch.int32, device=DEVICE)
+        storage = SimpleNamespace(bucket=Bucket(len(sizes), max(sizes), 1), device=DEVICE, offsets={"support": offsets})
+        site = Site(storage)
+        one, two = (torch.full((2, 5), torch.nan, device=DEVICE) for _ in range(2))
+        rows = [View(v, (5,), "support") for v in (x, xt)]
+        of_tasks = [View(v, (5,), None, 5) for v in (mean, rstd, one, two)]
+        inputs = {"stats_fwd": rows[:1]}.get(kernel, [rows[0], *of_tasks[:2], rows[1]])
+        RULES[f"batchnorm_{kernel}"](site, {"eps": 1e-3, "stat_rows": "support"}, inputs, of_tasks[2:])
+        Lowering._place(SimpleNamespace(site=site, storage=storage), site.launches)
+        for launch in site.launches:
+            launch()
+        assert (len(site.launches) == 1) == (len(sizes) == 1)
+        found.append(torch.stack([one[0], two[0]]))
+    assert torch.equal(*found) and found[0].isfinite().all()
 
 
 FUSIBLE = {

@@ -1,6 +1,7 @@
 """The ``triton`` executor: any Plan in float32 on an NVIDIA GPU, all tasks of a batch in each launch, a meta-iteration as one CUDA graph.
 
-For each bucket of batches (tasks, most rows) the Plan is lowered once to a list of launches on static buffers. The second batch of a bucket captures the list as a
+Instructions that follow one another are fused where a kernel can end in the next (triton_fusion.py). For each bucket of batches (tasks, most rows) the Plan is
+then lowered once to a list of launches on static buffers. The second batch of a bucket captures the list as a
 CUDA graph, which later ones replay: a call copies its tensors, rates and weights in, and copies of the results out. Workspaces are kept and reused, one for each
 caller and stream at a time. On CPU tensors the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is how they are tested without a GPU.
 """

@@ -45,11 +45,14 @@ def batchnorm_stats_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) ->
     (c, p), (bm, bc) = _pixels(x), _tile(x.shape[0], SUMMED)
     table, most, tasks = s.own(x.rows)
     chunks = blocks(most * p, CHUNK)
-    means, squares = s.temp(tasks * chunks * c), s.temp(tasks * chunks * c)
-    shape = dict(counted=s.storage.offsets[attrs["stat_rows"]], chunk=CHUNK, chunks=chunks, C=c, P=p, BC=bc)
-    s.launch(batchnorm.batchnorm_moments, (blocks(c, bc), chunks, tasks), offsets=table, x=x.data, means=means, squares=squares, **shape, BM=bm)
-    args = dict(means=means, squares=squares, mean=mean.data, rstd=rstd.data, eps=attrs["eps"], **shape, BS=16)
-    s.launch(batchnorm.batchnorm_stats_fwd, (blocks(c, bc), tasks), **args)
+    whole = chunks == 1
+    means, squares = (mean.data, rstd.data) if whole else (s.temp(tasks * chunks * c), s.temp(tasks * chunks * c))
+    shape = dict(counted=s.storage.offsets[attrs["stat_rows"]], eps=attrs["eps"], chunk=CHUNK, chunks=chunks, C=c, P=p, BC=bc)
+    args = dict(offsets=table, x=x.data, means=means, squares=squares, WHOLE=whole, BM=bm)
+    s.launch(batchnorm.batchnorm_moments, (blocks(c, bc), chunks, tasks), **args, **shape)
+    if not whole:
+        args = dict(means=means, squares=squares, mean=mean.data, rstd=rstd.data, BS=16)
+        s.launch(batchnorm.batchnorm_stats_fwd, (blocks(c, bc), tasks), **args, **shape)
 
 
 @rule("batchnorm_running_fwd")
@@ -62,15 +65,15 @@ def batchnorm_running_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) 
     s.launch(batchnorm.batchnorm_running_fwd, (blocks(c, power(c, 1, 256)), s.tasks), **args)
 
 
-def _sums(s: Site, attrs: Attrs, mode: str, extent: str, counted: str, x: View, whole: Views = (), **operands: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """The two sums of every chunk, and what finishing them needs; nothing does, and they are in ``whole``, where that is given and there is one chunk."""
+def _sums(s: Site, attrs: Attrs, mode: str, extent: str, counted: str, x: View, whole: Views, **operands: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The two sums of every chunk, and what finishing them needs; where there is one chunk, nothing does: what they are for is in ``whole``."""
     (c, p), (bm, bc) = _pixels(x), _tile(x.shape[0], SUMMED, 1024 if mode == "bwd_stats_jvp" else 2048)
     table, most, tasks = s.own(extent)
     chunks = blocks(most * p, CHUNK)
-    one, two = map(data, whole) if whole and chunks == 1 else (s.temp(tasks * chunks * c), s.temp(tasks * chunks * c))
+    one, two = map(data, whole) if chunks == 1 else (s.temp(tasks * chunks * c), s.temp(tasks * chunks * c))
     absent = dict.fromkeys(("dy", "xt", "mean_t", "rstd_t", "dyt"))
     shape = dict(counted=s.storage.offsets[counted], chunk=CHUNK, chunks=chunks, C=c, P=p)
-    args = absent | operands | shape | dict(offsets=table, x=x.data, sums=one, products=two, MODE=mode, BM=bm, BC=bc)
+    args = absent | operands | shape | dict(offsets=table, x=x.data, sums=one, products=two, MODE=mode, WHOLE=chunks == 1, BM=bm, BC=bc)
     s.launch(batchnorm.batchnorm_sums, (blocks(c, bc), chunks, tasks), **args)
     return one, two, shape
 
@@ -81,10 +84,12 @@ def batchnorm_stats_jvp(s: Site, attrs: Attrs, inputs: Views, outputs: Views) ->
     x, xt = by_channel(s, x), by_channel(s, xt)
     c = x.shape[0]
     mean_t, rstd_t = (v or View(s.temp(s.tasks * c), (c,), None, c) for v in outputs)
-    sums, products, shape = _sums(s, attrs, "stats_jvp", x.rows, attrs["stat_rows"], x, mean=mean.data, rstd=rstd.data, xt=xt.data)
-    bc = power(c, 1, 64)
-    args = dict(sums=sums, products=products, rstd=rstd.data, mean_t=mean_t.data, rstd_t=rstd_t.data, **shape, BS=16, BC=bc)
-    s.launch(batchnorm.batchnorm_stats_jvp, (blocks(c, bc), s.tasks), **args)
+    operands = dict(mean=mean.data, rstd=rstd.data, xt=xt.data)
+    sums, products, shape = _sums(s, attrs, "stats_jvp", x.rows, attrs["stat_rows"], x, (mean_t, rstd_t), **operands)
+    if shape["chunks"] > 1:
+        bc = power(c, 1, 64)
+        args = dict(sums=sums, products=products, rstd=rstd.data, mean_t=mean_t.data, rstd_t=rstd_t.data, **shape, BS=16, BC=bc)
+        s.launch(batchnorm.batchnorm_stats_jvp, (blocks(c, bc), s.tasks), **args)
 
 
 @rule("batchnorm_bwd_stats", "batchnorm_bwd_stats_jvp")
