@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,7 +16,8 @@ from fastmaml.parameterisation.rewriter import Rewriter
 class SetEncoder(nn.Module):
     """A support set as a vector: each row with its target through two layers, then their mean, then a layer.
 
-    x [n, ...] with ``inputs`` numbers per row, y [n] labels of ``targets`` classes or [n, targets] numbers -> [size].
+    x [n, ...] with ``inputs`` numbers per row, y [n] labels of ``targets`` classes or [n, targets] numbers -> [size]; with ``sizes``, the rows of several
+    sets one after another and how many each has -> [sets, size].
 
     decoder   two more layers that make each row and its target again from what the first two made of them (HSML's pooling autoencoder):
               ``autoencode(x, y)`` -> (the vector, half the mean squared error of the rows and targets made again)
@@ -29,19 +30,27 @@ class SetEncoder(nn.Module):
         self.out = nn.Linear(hidden, size)
         self.back = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, inputs + targets)) if decoder else None
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.out(self.rows(self._joined(x, y)).mean(0))
+    def forward(self, x: Tensor, y: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        return self.out(mean_of_sets(self.rows(self._joined(x, y)), sizes))
 
-    def autoencode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def autoencode(self, x: Tensor, y: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         if self.back is None:
             raise ValueError("this SetEncoder has no decoder: build it with SetEncoder(..., decoder=True)")
         joined = self._joined(x, y)
         rows = self.rows(joined)
-        return self.out(rows.mean(0)), (joined - self.back(rows)).square().mean() / 2
+        errors = (joined - self.back(rows)).square().mean(1) / 2
+        return self.out(mean_of_sets(rows, sizes)), mean_of_sets(errors, sizes)
 
     def _joined(self, x: Tensor, y: Tensor) -> Tensor:
         y = y.flatten(1) if y.is_floating_point() else nn.functional.one_hot(y.long(), self.targets)
         return torch.cat([x.flatten(1), y.to(x)], 1)
+
+
+def mean_of_sets(rows: Tensor, sizes: Sequence[int] | None) -> Tensor:
+    """[sum n, ...] -> [sets, ...]; sizes None: one set -> [...]"""
+    if sizes is None:
+        return rows.mean(0)
+    return torch.segment_reduce(rows, "mean", lengths=torch.tensor(sizes, device=rows.device))
 
 
 class Encoded(Parameterisation):
@@ -58,19 +67,22 @@ class Encoded(Parameterisation):
 
     def embeddings(self, tasks: Tasks) -> Tensor:
         """[tasks, size]"""
-        return self._checked([self.encoder(x, y) for x, y in self._supports(tasks)])
+        return self._checked(self._of_tasks(self.encoder, tasks))
 
-    def _supports(self, tasks: Tasks) -> Iterator[tuple[Tensor, Tensor]]:
-        """Support rows and targets of each task, as the encoder takes them."""
-        like = next(self.encoder.parameters())
-        for t in range(len(tasks)):
-            x, y = tasks.batch.task(t)[:2]
-            yield x.to(like), y.to(like) if y.is_floating_point() else y
+    def _of_tasks(self, encode: Callable[..., Any], tasks: Tasks) -> Any:
+        """What ``encode`` gives for the support sets: a SetEncoder takes them all at once, an encoder of the user's one by one."""
+        like, batch = next(self.encoder.parameters()), tasks.batch
+        x, y = batch.support_x.to(like), batch.support_y
+        y = y.to(like) if y.is_floating_point() else y
+        if type(self.encoder) is SetEncoder:  # one of the user's may be made of it, and read one set
+            return encode(x, y, batch.support_sizes)
+        found = [encode(*rows) for rows in zip(x.split(batch.support_sizes), y.split(batch.support_sizes), strict=True)]
+        return tuple(map(list, zip(*found, strict=True))) if isinstance(found[0], tuple) else found
 
-    def _checked(self, out: Sequence[Tensor]) -> Tensor:
+    def _checked(self, out: Tensor | Sequence[Tensor]) -> Tensor:
         if any(tuple(e.shape) != (self.size,) for e in out):
             raise ValueError(f"encoder returns {list(out[0].shape)} for the support set of a task: expected [{self.size}]")
-        return torch.stack(list(out))
+        return out if isinstance(out, Tensor) else torch.stack(list(out))
 
 
 class Modulation(Encoded):
@@ -163,8 +175,9 @@ class Gated(Encoded):
     def prologue(self, tasks: Tasks) -> Mapping[str, Tensor]:
         penalty = {}
         if self.reconstruction:
-            found, losses = zip(*(self.encoder.autoencode(x, y) for x, y in self._supports(tasks)), strict=True)
-            g, penalty = self._checked(found), {PENALTY: self.reconstruction * torch.stack(losses)}
+            found, losses = self._of_tasks(self.encoder.autoencode, tasks)
+            losses = losses if isinstance(losses, Tensor) else torch.stack(losses)
+            g, penalty = self._checked(found), {PENALTY: self.reconstruction * losses}
         else:
             g = self.embeddings(tasks)
         h = g[:, None]
