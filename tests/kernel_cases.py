@@ -175,7 +175,7 @@ class Pool:
 
 @dataclass
 class Case:
-    """One call: operands in the order of kernels.h, and what the reference needs to know: the function of torch_kernels.py
+    """One call: operands in the order of kernels.h, and what the reference needs to know: the function of torch_kernels
     of the same name, or ``formula``; it gets the inputs, also those that come ``after`` the outputs."""
 
     kernel: str
