@@ -49,7 +49,7 @@ std::string text(const Operand& o) {
 }
 
 std::string text(const Instruction& in) {
-    return braces(in.kernel, in.n_operands, 0, in.sums, in.stages, in.pixels, list(in.sizes, kMaxSizes),
+    return braces(in.kernel, in.n_operands, 0, in.sums, in.fixed, in.stages, in.pixels, list(in.sizes, kMaxSizes),
                   list(in.numbers, kMaxNumbers));
 }
 
