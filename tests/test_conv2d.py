@@ -98,3 +98,13 @@ def test_large(tier: str, shape) -> None:
                  ("conv2d_bwd_input_jvp", "dy w dyt wt", "dxt"), ("conv2d_bwd_weight", "x dy", "dw db"),
                  ("conv2d_bwd_weight_jvp", "x dy xt dyt", "dwt dbt")):
         case(call, shape).check(tier, ())
+
+
+@tiers
+@pytest.mark.parametrize("call", [("conv2d_bwd_input", "dy w", "dx"), ("conv2d_bwd_input_jvp", "dy w dyt wt", "dxt")], ids=lambda call: call[0])
+def test_a_team_that_shares_channels(tier: str, call) -> None:
+    """Few pixels, and weights that do not fit at once: what is brought together is of the whole panel, whoever works on a part of it."""
+    shape = (1, 64, 3, 3, 512, (3, 3), (1, 1), (1, 1, 1, 1))
+    alone = case(call, shape).check(tier, ())
+    for parts in (2, 3, 4):
+        assert same_bits(case(call, shape).run(tier, None, parts), alone), f"{parts} parts change bits"

@@ -236,3 +236,16 @@ class Bare(nn.Module):
 
     def forward(self, x):
         return x @ self.w.T
+
+
+@pytest.mark.parametrize("floats", [True, False])
+def test_sets_at_once(floats: bool) -> None:
+    """A SetEncoder reads sets of different sizes as it reads them one by one."""
+    encode, sizes = SetEncoder(3, 4, size=6, hidden=10, decoder=True).double(), (5, 1, 8)
+    x = torch.randn(14, 3, dtype=torch.float64)
+    y = torch.randn(14, 4, dtype=torch.float64) if floats else torch.randint(4, (14,))
+    one_by_one = [encode.autoencode(*rows) for rows in zip(x.split(sizes), y.split(sizes), strict=True)]
+    vectors, losses = encode.autoencode(x, y, sizes)
+    torch.testing.assert_close(vectors, torch.stack([v for v, _ in one_by_one]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(losses, torch.stack([loss for _, loss in one_by_one]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(encode(x, y, sizes), vectors)

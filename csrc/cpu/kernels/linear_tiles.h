@@ -64,7 +64,7 @@ static inline void tile(const Pair* pairs, int n_pairs, int64_t k, int64_t row, 
             }
         }
     }
-    const bool flat = act.slope == 0.f;
+    const bool flat = act.slope == 0.f;  // asked here, and not by with_gate: its closure would take acc through memory
     if (act.gate == Gate::kNone)
         store_tile<Gate::kNone, true, R, C>(acc, y, ldy, init, ld_init, act);
     else if (act.gate == Gate::kMake)
