@@ -281,9 +281,9 @@ class MAML(Trained):
         return Ran(runner, call, results, view.parameters if given is None else given, prologue)
 
     def _numbers(self, step_weights: list[float] | None, spec: Spec, runner: Runner) -> dict[str, Tensor]:
-        like, numbers = runner.view.like, dict(spec.optimizer.numbers(spec.steps))
+        like, numbers = runner.view.like, spec.optimizer.numbers(spec.steps)
         if step_weights is not None:
-            numbers["step_weights"] = step_weights
+            numbers = {**numbers, "step_weights": step_weights}
         out = {name: torch.tensor(values, dtype=like.dtype, device=like.device) for name, values in numbers.items()}
         if self.class_weight is not None:
             options.check_class_weight(self.class_weight, runner.output)

@@ -32,18 +32,16 @@ class ModelView:
         self.adapted = [name for name, kind in self.kinds.items() if kind.role == "adapted"]
         self.like: Tensor = next(iter(self.parameters.values()))
         self._modules, self._own = list(model.modules()), list(model.parameters())
-        names = ("_modules", "_parameters", *HOOKS)
-        self._members = [getattr(m, name).values() for m in self._modules for name in names]  # views: they show what is there now
+        members = [getattr(m, name).values() for m in self._modules for name in ("_modules", "_parameters", *HOOKS)]  # views: they show what is there now
+        self._filled, self._empty = [v for v in members if v], [v for v in members if not v]  # most are empty, and stay so
         self._buffers = [m._buffers for m in self._modules]  # may be replaced: read anew at each call
-        self._kept_alive = list(chain.from_iterable(self._members))  # no id below can come to mean another object
-        self._ids, self._state = self._identities(), self._values()
+        self._kept_alive = list(chain.from_iterable(self._filled))  # no id below can come to mean another object
+        self._state = self._now()
 
-    def _identities(self) -> list[int]:
-        return list(map(id, chain.from_iterable(self._members)))
-
-    def _values(self) -> tuple[list, list, list]:
-        return list(map(training, self._modules)), list(map(kind, self._own)), list(map(len, self._buffers))
+    def _now(self) -> tuple[list, list, list, list]:
+        ids = list(map(id, chain.from_iterable(self._filled)))
+        return ids, list(map(training, self._modules)), list(map(kind, self._own)), list(map(len, self._buffers))
 
     def holds(self) -> bool:
         """Whether a trace made of this view is still one of the model."""
-        return self._identities() == self._ids and self._values() == self._state
+        return not any(self._empty) and self._now() == self._state

@@ -41,6 +41,7 @@ class Workspace:
     pointers   of the task buffers; those of one call's data and results are filled in anew
     results    (task buffer, its name, template) of what a call leaves behind
     finite     template of the flags of the tasks
+    starts     addresses of ``meta`` and ``work``
     """
 
     meta: Tensor
@@ -49,6 +50,10 @@ class Workspace:
     pointers: list[int]
     results: list[tuple[int, str, Tensor]]
     finite: Tensor
+    starts: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self.starts = _aligned(self.meta), _aligned(self.work)
 
 
 @dataclass
@@ -286,7 +291,7 @@ class CpuExecutor:
         """Whether all tasks are finite."""
         batch, weights, sinks = call.batch, call.task_weights, bool(call.sinks)
         given = {**call.weights, **call.rates, **call.leaves}
-        inputs = [_as(given[name], _REAL) for name in prepared.inputs]
+        inputs = [_as(given[name], _REAL) for name in prepared.inputs]  # those that had to be made anew live here
         arguments = (
             batch.support_offsets.data_ptr(),
             batch.query_offsets.data_ptr(),
@@ -298,8 +303,7 @@ class CpuExecutor:
             [gradients[name].data_ptr() if name in gradients else 0 for name in prepared.outputs],
             sinks,
             sinks and call.strict,
-            _aligned(w.meta),
-            _aligned(w.work),
+            *w.starts,
             finite.data_ptr(),
         )
         for attempt in range(3):  # see csrc/cpu/executor.h: only sums that are not finite need more than one
