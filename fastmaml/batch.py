@@ -23,14 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_set = object.__setattr__  # past the frozen dataclass, while one is being built
-Shape = torch.Size
-TaskTensors = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
-NAMES = ("support_x", "support_y", "query_x", "query_y")
-ACCEPTED = (
-    "a TaskBatch, a tuple (support_x, support_y, query_x, query_y) of tensors [tasks, n, ...], a list of such tuples"
-    " with one task each, or a dict {'support': (x, y), 'query': (x, y)} ('train' and 'test' are accepted too)"
+from fastmaml.batch_checks import (
+    ACCEPTED,
+    NAMES,
+    Shape,
+    as_tensor,
+    check_device,
+    check_part,
+    check_rows,
+    checked_ways,
+    describe,
+    equal_sizes,
+    part_of,
+    sizes_of,
 )
+
+_set = object.__setattr__  # past the frozen dataclass, while one is being built
+TaskTensors = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
 
 
 @lru_cache(maxsize=256)  # loaders yield batch after batch of the same sizes; nobody writes to offsets
@@ -63,13 +72,13 @@ class TaskBatch:
             raise ValueError("the batch has 0 tasks: a meta-batch needs at least one")
         if len(self.query_sizes) != tasks:
             raise ValueError(f"query has {len(self.query_sizes)} tasks but support has {tasks}")
-        _check_part("support", self.support_x, self.support_y, self.support_sizes)
-        _check_part("query", self.query_x, self.query_y, self.query_sizes)
-        _check_rows("x", self.support_x.shape[1:], self.query_x.shape[1:])
-        _check_rows("y", self.support_y.shape[1:], self.query_y.shape[1:])
-        _check_device(self.support_x, self.support_y, self.query_x, self.query_y)
+        check_part("support", self.support_x, self.support_y, self.support_sizes)
+        check_part("query", self.query_x, self.query_y, self.query_sizes)
+        check_rows("x", self.support_x.shape[1:], self.query_x.shape[1:])
+        check_rows("y", self.support_y.shape[1:], self.query_y.shape[1:])
+        check_device(self.support_x, self.support_y, self.query_x, self.query_y)
         if self.ways is not None:
-            _set(self, "ways", _ways(self.ways, tasks))
+            _set(self, "ways", checked_ways(self.ways, tasks))
         _set(self, "row_shapes", (self.support_x.shape[1:], self.support_y.shape[1:]))
 
     def __getattr__(self, name: str) -> Tensor:
@@ -98,16 +107,16 @@ class TaskBatch:
 
         ways: None, one int for all tasks, or one per task. Raises ValueError or TypeError naming the argument.
         """
-        sx, sy = _tensor("support_x", support_x), _tensor("support_y", support_y)
-        qx, qy = _tensor("query_x", query_x), _tensor("query_y", query_y)
-        support_sizes, query_sizes, row_shapes = _equal_sizes(sx.shape, sy.shape, qx.shape, qy.shape)
-        _check_device(sx, sy, qx, qy)
+        sx, sy = as_tensor("support_x", support_x), as_tensor("support_y", support_y)
+        qx, qy = as_tensor("query_x", query_x), as_tensor("query_y", query_y)
+        support_sizes, query_sizes, row_shapes = equal_sizes(sx.shape, sy.shape, qx.shape, qy.shape)
+        check_device(sx, sy, qx, qy)
         batch = object.__new__(cls)  # all is checked, and every meta-iteration comes through here: rows are joined when asked for
         _set(batch, "_given", (sx, sy, qx, qy))
         _set(batch, "support_sizes", support_sizes)
         _set(batch, "query_sizes", query_sizes)
         _set(batch, "row_shapes", row_shapes)
-        _set(batch, "ways", None if ways is None else _ways(ways, len(support_sizes)))
+        _set(batch, "ways", None if ways is None else checked_ways(ways, len(support_sizes)))
         _set(batch, "_cache", {})
         return batch
 
@@ -117,17 +126,17 @@ class TaskBatch:
         parts: list[list[Tensor]] = [[], [], [], []]
         for t, task in enumerate(tasks):
             if not isinstance(task, (tuple, list)) or len(task) != 4:
-                raise TypeError(f"task {t} is {_describe(task)}: expected (support_x, support_y, query_x, query_y)")
+                raise TypeError(f"task {t} is {describe(task)}: expected (support_x, support_y, query_x, query_y)")
             for name, column, value in zip(NAMES, parts, task, strict=True):
-                value = _tensor(f"{name} of task {t}", value)
+                value = as_tensor(f"{name} of task {t}", value)
                 if value.ndim == 0:
                     raise ValueError(f"{name} of task {t} is a scalar: expected [n, ...]")
                 first = column[0] if column else value
                 # torch.cat would promote dtypes silently and name neither argument nor task otherwise
                 if (value.shape[1:], value.dtype, value.device) != (first.shape[1:], first.dtype, first.device):
                     raise ValueError(
-                        f"{name} of task {t} is {_describe(value)} on {value.device}, that of task 0"
-                        f" {_describe(first)} on {first.device}: only the first axis may differ between tasks"
+                        f"{name} of task {t} is {describe(value)} on {value.device}, that of task 0"
+                        f" {describe(first)} on {first.device}: only the first axis may differ between tasks"
                     )
                 column.append(value)
             for x, y, part in ((0, 1, "support"), (2, 3, "query")):
@@ -145,8 +154,8 @@ class TaskBatch:
         cls, support_x, support_y, query_x, query_y, support_offsets, query_offsets, ways=None
     ) -> TaskBatch:
         """Rows already joined: task t owns rows offsets[t] to offsets[t + 1]. Offsets [tasks + 1], 0 first, rising."""
-        data = (_tensor(n, x) for n, x in zip(NAMES, (support_x, support_y, query_x, query_y), strict=True))
-        sizes = _sizes("support_offsets", support_offsets), _sizes("query_offsets", query_offsets)
+        data = (as_tensor(n, x) for n, x in zip(NAMES, (support_x, support_y, query_x, query_y), strict=True))
+        sizes = sizes_of("support_offsets", support_offsets), sizes_of("query_offsets", query_offsets)
         return cls(*data, *sizes, ways)
 
     @classmethod
@@ -156,14 +165,14 @@ class TaskBatch:
             return tasks
         if isinstance(tasks, Mapping):
             return cls.from_tensors(
-                *_part(tasks, "support", "train"), *_part(tasks, "query", "test"), tasks.get("ways")
+                *part_of(tasks, "support", "train"), *part_of(tasks, "query", "test"), tasks.get("ways")
             )
         if isinstance(tasks, (tuple, list)):
             if len(tasks) == 4 and isinstance(tasks[0], (Tensor, np.ndarray)):
                 return cls.from_tensors(*tasks)
             if all(isinstance(task, (tuple, list)) for task in tasks):
                 return cls.from_tasks(tasks)
-        raise TypeError(f"cannot read tasks from {_describe(tasks)}: pass {ACCEPTED}")
+        raise TypeError(f"cannot read tasks from {describe(tasks)}: pass {ACCEPTED}")
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -229,7 +238,7 @@ class TaskBatch:
         x, y = self.support_x, self.support_y
         return (
             f"TaskBatch({len(self)} tasks, support {rows(self.support_sizes)}, query {rows(self.query_sizes)} rows,"
-            f" x {_describe(x[0])}, y {_describe(y[0])}, {self.device})"
+            f" x {describe(x[0])}, y {describe(y[0])}, {self.device})"
         )
 
     # -- changing (a new batch each time) ------------------------------------------------------------------------------
@@ -280,132 +289,9 @@ class TaskBatch:
         )  # fmt: skip
 
 
-# -- checks, and the words of the errors -------------------------------------------------------------------------------
-
-
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """value as an int >= minimum; otherwise TypeError or ValueError naming the argument. Task sources use it too."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r}: expected an integer")
-    if operator.index(value) < minimum:
-        raise ValueError(f"{name}={value}: expected at least {minimum}")
-    return operator.index(value)
-
-
-def _check_part(part: str, x: Tensor, y: Tensor, sizes: tuple[int, ...]) -> None:
-    if min(sizes) <= 0:
-        raise ValueError(f"task {sizes.index(min(sizes))} has {min(sizes)} {part} rows: every task needs at least one")
-    rows = sum(sizes)
-    if not x.ndim or not y.ndim or x.shape[0] != rows or y.shape[0] != rows:
-        raise ValueError(
-            f"{part}_x has shape {list(x.shape)} and {part}_y {list(y.shape)}: expected {rows} rows in each,"
-            f" the sum of the sizes of the {len(sizes)} tasks"
-        )
-
-
-def _check_rows(name: str, support: torch.Size, query: torch.Size) -> None:
-    if support != query:
-        raise ValueError(
-            f"query_{name} has rows of shape {list(query)} but support_{name} has rows of shape {list(support)}:"
-            " they must agree"
-        )
-
-
-def _check_device(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> None:
-    device = sx.device
-    if sy.device != device or qx.device != device or qy.device != device:
-        where = ", ".join(f"{name} on {x.device}" for name, x in zip(NAMES, (sx, sy, qx, qy), strict=True))
-        raise ValueError(f"all tensors of a batch must be on one device, got {where}: move them first, x.to(device)")
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "biufc":
-            raise TypeError(f"{name} is {_describe(value)}: expected numbers")
-        # torch shares the memory of an array, which it can neither do with a read-only one nor with negative strides
-        shareable = value.flags.writeable and value.dtype.isnative and min(value.strides, default=0) >= 0
-        return torch.from_numpy(value if shareable else np.array(value, dtype=value.dtype.newbyteorder("=")))
-    raise TypeError(f"{name} is {_describe(value)}: expected a torch.Tensor or a NumPy array")
-
-
-def _part(tasks: Mapping, name: str, torchmeta_name: str) -> tuple[Any, Any]:
-    key = name if name in tasks else torchmeta_name
-    if key not in tasks:
-        raise TypeError(f"the dict of tasks has the keys {list(tasks)} but neither {name!r} nor {torchmeta_name!r}")
-    pair = tasks[key]
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise TypeError(f"tasks[{key!r}] is {_describe(pair)}: expected a pair (x, y)")
-    return pair[0], pair[1]
-
-
-def _ways(ways: Any, tasks: int) -> Tensor:
-    if isinstance(ways, int):
-        ways = [ways] * tasks
-    ways = torch.as_tensor(ways)
-    if ways.is_floating_point() or ways.is_complex() or ways.dtype == torch.bool:
-        raise TypeError(f"ways is {_describe(ways)}: expected integers")
-    if ways.shape != (tasks,):
-        raise ValueError(
-            f"ways has shape {list(ways.shape)} but the batch has {tasks} tasks: expected one int, or [{tasks}]"
-        )
-    ways = ways.to("cpu", torch.int64)
-    if int(ways.min()) < 1:
-        raise ValueError(f"ways of task {int(ways.argmin())} is {int(ways.min())}: expected at least 1")
-    return ways
-
-
-def _sizes(name: str, offsets: Any) -> tuple[int, ...]:
-    offsets = torch.as_tensor(offsets)
-    if offsets.ndim != 1 or len(offsets) < 1 or offsets.is_floating_point():
-        raise ValueError(f"{name} is {_describe(offsets)}: expected integers [tasks + 1]")
-    if int(offsets[0]) != 0:
-        raise ValueError(f"{name}[0] is {int(offsets[0])}: offsets begin with 0")
-    return tuple(offsets.diff().tolist())
-
-
 def _row_picker(offsets: list[int], chosen: list[int], device: torch.device):
     if chosen == list(range(chosen[0], chosen[0] + len(chosen))):
         rows = slice(offsets[chosen[0]], offsets[chosen[-1] + 1])
         return lambda x: x[rows]
     index = torch.cat([torch.arange(offsets[t], offsets[t + 1]) for t in chosen]).to(device)
     return lambda x: x.index_select(0, index)
-
-
-@lru_cache(maxsize=64)  # every meta-iteration comes with the same shapes
-def _equal_sizes(sx: Shape, sy: Shape, qx: Shape, qy: Shape) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Shape, Shape]]:
-    """support_sizes, query_sizes and row_shapes of tensors [tasks, n, ...] of these shapes; ValueError where they do not fit together."""
-    for name, shape in zip(NAMES, (sx, sy, qx, qy), strict=True):
-        if len(shape) < 2:
-            raise ValueError(
-                f"{name} has shape {list(shape)}: expected [tasks, n, ...]. For one task add the axis: {name}[None]"
-            )
-    for name, shape in zip(NAMES[1:], (sy, qx, qy), strict=True):
-        if shape[0] != sx[0]:
-            raise ValueError(
-                f"{name} has {shape[0]} tasks but support_x has {sx[0]}"
-                f" (shapes {list(shape)} and {list(sx)}; the first axis is the task)"
-            )
-    for part, x, y in (("support", sx, sy), ("query", qx, qy)):
-        if y[1] != x[1]:
-            raise ValueError(
-                f"{part}_y has {y[1]} rows per task but {part}_x has {x[1]}"
-                f" (shapes {list(y)} and {list(x)}; the second axis is the example)"
-            )
-    _check_rows("x", sx[2:], qx[2:])
-    _check_rows("y", sy[2:], qy[2:])
-    if sx[0] == 0:
-        raise ValueError("the batch has 0 tasks: a meta-batch needs at least one")
-    for part, x in (("support", sx), ("query", qx)):
-        if x[1] == 0:
-            raise ValueError(f"task 0 has 0 {part} rows: every task needs at least one")
-    return (sx[1],) * sx[0], (qx[1],) * qx[0], (sx[2:], sy[2:])
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, (Tensor, np.ndarray)):
-        return f"{str(value.dtype).removeprefix('torch.')} with shape {list(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)} ({', '.join(sorted({type(v).__name__ for v in value}))})"
-    return f"a {type(value).__name__}"

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmaml.batch import TaskBatch, check_count
+from fastmaml.batch import TaskBatch
+from fastmaml.batch_checks import check_count
 from fastmaml.maml import MAML
 from fastmaml.output import MetaOutput
 from fastmaml.parameterisation.latent import Latent, Start

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmaml.batch import TaskBatch, check_count
+from fastmaml.batch import TaskBatch
+from fastmaml.batch_checks import check_count
 
 
 def stacked(tasks=3, n_support=5, n_query=7, shape=(2, 4)):

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastmaml.batch import TaskBatch, check_count
+from fastmaml.batch import TaskBatch
+from fastmaml.batch_checks import check_count
 from fastmaml.tasks.device import check_device
 
 

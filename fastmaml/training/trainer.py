@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.batch import check_count
+from fastmaml.batch_checks import check_count
 from fastmaml.maml import MAML
 from fastmaml.methods import MAMLPlusPlusSchedule
 from fastmaml.output import NonFiniteError
