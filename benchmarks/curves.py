@@ -166,11 +166,12 @@ def summary(rows: list[dict], measure: str) -> str:
     for name, own in by.items():
         mean, error = mean_and_error([r[measure] for r in own])
         took = sum(r["seconds"] for r in own)
-        lines.append(f"{name:11s}{say(measure, mean, 8)} ± {say(measure, error)} {measure} over {seeds} seed{'s' * (seeds > 1)}, {took:.1f} s")
+        spread = f" ± {say(measure, error)}" if seeds > 1 else ""
+        lines.append(f"{name:11s}{say(measure, mean, 8)}{spread} {measure} over {seeds} seed{'s' * (seeds > 1)}, {took:.1f} s")
     mean, error = mean_and_error([a[measure] - b[measure] for a, b in zip(by[FAST], by[PLAIN], strict=True)])
-    verdict = "with one seed there is no standard error" if seeds == 1 else f"{'within' if abs(mean) <= 2 * error else 'MORE THAN'} two standard errors"
     shown = [f"{v:.1e}" if measure == "mse" else say(measure, v) for v in (mean, error)]
-    lines.append(f"difference {shown[0]:>8s} ± {shown[1]}, seed by seed: {verdict}")
+    verdict = f" ± {shown[1]}, seed by seed: {'within' if abs(mean) <= 2 * error else 'MORE THAN'} two standard errors"
+    lines.append(f"difference {shown[0]:>8s}{verdict if seeds > 1 else '; with one seed there is no standard error'}")
     for name, own in by.items():
         gaps = zip(*([abs(x / y - 1) for x, y in zip(r["first_losses"], r["float64_losses"], strict=True)] for r in own), strict=True)
         lines.append(f"first losses, largest distance from float64 over seeds, {name:11s}" + " ".join(f"{max(gap):.0e}" for gap in gaps))
