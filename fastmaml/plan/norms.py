@@ -36,7 +36,9 @@ class _BatchNorm:
         return {name: op.attrs[name] for name in ("kernel", "stride", "padding")}
 
     def _stats(self, p: Pass, op: Op) -> tuple[Ref, Ref]:
-        """Made where they are first asked for: by the jvp, where the output itself is given."""
+        """Made where they are first asked for: by the jvp, where the output itself is given. From patches they are there already."""
+        if patches := p.from_patches.get(op.inputs[0]):
+            return p.saved[patches.output, "mean"], p.saved[patches.output, "rstd"]
         if (op.output, "mean") not in p.saved:
             x, _, _, running_mean, running_var = values_of(p, op)
             channels = p.program.values[op.output].shape[:1]
@@ -54,7 +56,8 @@ class _BatchNorm:
             return x
         if op.output not in p.chosen:
             shape = p.program.values[op.output].shape
-            p.chosen[op.output] = out = p.new(f"x{op.output}", shape, True)
+            steps = p.keep_steps if p.keep_values and op.inputs[0] in p.from_patches else 0  # where nobody asks for all of x any more
+            p.chosen[op.output] = out = p.new(f"x{op.output}", shape, True, steps=steps)
             if (op.output, "index") in p.saved:
                 p.emit("maxpool2d_replay", (x, p.saved[op.output, "index"]), (out,), **self._window(op))
             else:
@@ -79,7 +82,9 @@ class _BatchNorm:
     def jvp(self, p: Pass, op: Op) -> Operand:
         (x, gamma, *_), (xt, gamma_t, beta_t, *_) = values_of(p, op), dots_of(p, op)
         stats_t: tuple[Operand, Operand] = (None, None)
-        if xt is not None and op.attrs["statistics"] != "running":
+        if patches := p.from_patches.get(op.inputs[0]):
+            stats_t = p.dot_stats.get(patches.output, (None, None))
+        elif xt is not None and op.attrs["statistics"] != "running":
             channels = p.program.values[op.output].shape[:1]
             stats_t = (p.new(f"tmean{op.output}", channels, False), p.new(f"trstd{op.output}", channels, False))
             p.emit("batchnorm_stats_jvp", (x, *self._stats(p, op), xt), stats_t, **self._attrs(p, op))
@@ -90,11 +95,27 @@ class _BatchNorm:
 
     def _to_input(self, p: Pass, op: Op, mode: str, before: tuple[Operand, ...], after: tuple[Operand, ...], dot: bool) -> None:
         """The gradient of all of x, or its tangent."""
+        if op.inputs[0] in p.from_patches:
+            return self._to_patches(p, op, mode, before, after, dot)
         name, index, more = "batchnorm", (), self._attrs(p, op)
         if self.pooled:
             name, index = "batchnorm_maxpool2d", (p.saved[op.output, "index"],)
             more |= self._window(op) | {"input_shape": p.program.values[op.inputs[0]].shape}
         p.add_bar(op.inputs[0], lambda dx: p.emit(f"{name}_{mode}", (*before, *index, *after), (dx,), **more), dot=dot)
+
+    def _to_patches(self, p: Pass, op: Op, mode: str, before: tuple[Operand, ...], after: tuple[Operand, ...], dot: bool) -> None:
+        """Pixel by pixel, as with running statistics: what these statistics add goes to the weight (patches.py). So only what was chosen is scaled."""
+        _, *before = before
+        after = (None, None, *((None, None, *after[4:7], None, None) if dot else ()))  # s1, s2, xt, mean_t, ..., s1t, s2t
+        inputs, attrs = (self._chosen(p, op), *before, *after), {"eps": op.attrs["eps"], "stat_rows": None}
+        if not self.pooled:
+            return p.add_bar(op.inputs[0], lambda dx: p.emit(f"batchnorm_{mode}", inputs, (dx,), **attrs), dot=dot)
+        tag, x = "dd" if dot else "d", op.inputs[0]
+        small = p.new(f"{tag}x{op.output}", p.program.values[op.output].shape, True)
+        p.emit(f"batchnorm_{mode}", inputs, (small,), **attrs)
+        shape = p.program.values[x].shape
+        scatter = mode.replace("_input", "")
+        p.add_bar(x, lambda dx: p.emit(f"maxpool2d_{scatter}", (small, p.saved[op.output, "index"]), (dx,), **self._window(op), input_shape=shape), dot=dot)
 
     def bwd(self, p: Pass, op: Op) -> None:
         (x, gamma, *_), dy = values_of(p, op), p.bar[op.output]
@@ -102,6 +123,8 @@ class _BatchNorm:
         sums = self._sums(p, op, "")
         p.emit("batchnorm_bwd_stats", (self._chosen(p, op), *self._stats(p, op), dy), sums, **self._attrs(p, op))
         p.bar_sums[op.output] = sums
+        if patches := p.from_patches.get(op.inputs[0]):
+            p.bar[patches.output] = sums[0]  # and sums[1]: in bar_sums
         self._to_input(p, op, "bwd_input", (x, *self._stats(p, op), gamma, dy), sums, False)
         p.alias_bar(vgamma, sums[1])
         p.alias_bar(vbeta, sums[0])
@@ -117,6 +140,7 @@ class _BatchNorm:
         if dyt is not None or xt is not None:
             sums_t = self._sums(p, op, "t")
             p.emit("batchnorm_bwd_stats_jvp", (self._chosen(p, op), *self._stats(p, op), dy, self._chosen_dot(p, op), *stats_t, dyt), sums_t, **self._attrs(p, op))
+        p.bar_sums_dot[op.output] = sums_t
         sums = p.bar_sums.get(op.output, (None, None))
         self._to_input(p, op, "bwd_input_jvp", (x, *self._stats(p, op), gamma, dy), (*sums, xt, *stats_t, gamma_t, dyt, *sums_t), True)
         p.alias_bar(vgamma, sums_t[1], dot=True)

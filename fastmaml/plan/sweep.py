@@ -22,6 +22,7 @@ from fastmaml.plan.inner import Inner
 from fastmaml.plan.instructions import Phase, Plan, Segment
 from fastmaml.plan.memory import assign_homes
 from fastmaml.plan.outer import Outer
+from fastmaml.plan.patches import statistics_from_patches
 from fastmaml.plan.pooling import pool_first
 from fastmaml.plan.reassociate import reassociate
 from fastmaml.plan.reverse import Reverse
@@ -40,7 +41,14 @@ def build_plan(program: Program, arrangement: Arrangement) -> Plan:
         program, factored = factor_first_layers(program, scalar, arrangement.support_rows)
         states = {f.weight + STATE: arrangement.rates[f.weight] for f in factored}
         arrangement = replace(arrangement, rates={**arrangement.rates, **states})
+    if arrangement.steps and arrangement.entry != "predict":
+        program = statistics_from_patches(program, arrangement.entry, arrangement.steps, _goes_back(arrangement))
     return _Sweep(program, arrangement).build()
+
+
+def _goes_back(a: Arrangement) -> bool:
+    """Whether there are Hessian-vector products."""
+    return a.entry in ("train", "halves") and a.meta_gradient != "reptile" and not a.first_order
 
 
 class _Sweep(Inner, Outer, Reverse, Implicit, Epilogue):
