@@ -177,6 +177,21 @@ def _conv2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     return Native(instr.kernel, refs, sizes, packed=packed, unpadded=unpadded)
 
 
+def _patch_moments(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    x, attrs = _buffer(instr.inputs[0], buffers), instr.attrs
+    _, *kernel = attrs["patch"]
+    (top, _, left, _) = attrs["padding"]
+    sizes = (*x.shape, 0, *kernel, *attrs["stride"], top, left, *attrs["pixels"], int(x.kind == PLANES))
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), sizes, unpadded=(0,))
+
+
+def _patch_stats(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    outputs, channels, h, w = _buffer(instr.inputs[1], buffers).shape
+    packed = {"fwd": (1,), "jvp": (1, 3), "bwd": (1, 6), "bwd_jvp": (1, 6, 11)}[instr.kernel.removeprefix("patch_stats_")]
+    numbers = (instr.attrs["eps"],) if "eps" in instr.attrs else ()
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), (channels, h * w, outputs), numbers, packed=packed)
+
+
 def _batchnorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     x = instr.inputs[0]
     rows = instr.attrs["stat_rows"]
@@ -449,6 +464,8 @@ def is_flat(shape: tuple[int, ...]) -> bool:
 _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
     "linear": _linear,
     "conv2d": _conv2d,
+    "patch_moments": _patch_moments,
+    "patch_stats": _patch_stats,
     "gram": _factored,
     "factored_linear": _factored,
     "row_sum": _row_sum,

@@ -26,7 +26,7 @@ from fastmaml.plan.rule import Rule, dots_of, values_of
 from fastmaml.program import Op, Program, Value
 
 NORMS = ("batchnorm", "batchnorm_maxpool2d")
-MOST = 256  # taps * channels: executors have room for the products of so many
+MOST = 160  # taps * channels: executors have room for the products of so many
 # Multiply-adds for each element of z that the moments save: sum and squares; (s1 + xhat s2) / N; the tangents of both (costs.ELEMENTWISE)
 FORWARD, BACKWARD, HVP = 2, 1, 4
 
@@ -56,7 +56,7 @@ def statistics_from_patches(program: Program, entry: str, steps: int, second_ord
             if key not in moments:
                 values.append(Value((2, size + 1, size), False))
                 moments[key] = len(values) - 1
-                ops.append(Op("patch_moments", (x,), moments[key], MappingProxyType({**op.attrs, "patch": tuple(patch)})))
+                ops.append(Op("patch_moments", (x,), moments[key], MappingProxyType({**op.attrs, "patch": tuple(patch), "pixels": values[op.output].shape[1:]})))
             values.append(Value((outputs,), False))
             attrs = {"of": op.output, "norm": norm.output, "eps": norm.attrs["eps"]}
             ops.append(Op("patch_stats", (moments[key], w, norm.inputs[1]), len(values) - 1, MappingProxyType(attrs)))
@@ -86,7 +86,8 @@ def patch_moments() -> Rule:
     """m and C of data alone: they have no derivatives. In two numbers each, whose sum has the digits of a double."""
 
     def fwd(p: Pass, op: Op) -> None:
-        p.emit("patch_moments_fwd", values_of(p, op), (p.value[op.output],), **op.attrs)
+        if p.extent == "support":
+            p.emit("patch_moments_fwd", values_of(p, op), (p.value[op.output],), **op.attrs)
 
     def none(p: Pass, op: Op) -> None:
         return None
