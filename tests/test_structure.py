@@ -234,6 +234,7 @@ SHARED = {  # kernels that are no op's own: where they live
     "avgpool2d": ("global_avgpool2d",),
     "layernorm": ("groupnorm",),
     "linear": ("row_sum",),
+    "patch_stats": ("patch_moments", "patch_stats"),
     "relu": ("leaky_relu",),
     "reshape": ("flatten_image", "unflatten_image"),
 }

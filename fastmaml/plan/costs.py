@@ -208,13 +208,12 @@ class Counter:
 
     def _patches(self, instr: Instruction) -> int:
         """patch_moments: C is symmetric; patch_stats: C w, and in the tangent of its gradient C wt."""
-        moments, w = ((*instr.inputs, *instr.outputs)[i] for i in (0, 1))
+        first, second = (self.buffers[ref.buffer] for ref in (*instr.inputs, *instr.outputs)[:2])
         if instr.kernel.startswith("patch_moments"):
-            size, pixels = self.buffers[w.buffer].shape[-1], math.prod(instr.attrs.get("pixels", ()))
-            return size * (size + 1) * pixels * sum(self.sizes[self.buffers[moments.buffer].rows])
-        size = self.buffers[moments.buffer].shape[-1]
-        products = 1 + (instr.kernel.endswith("bwd_jvp") and instr.inputs[6] is not None)
-        return 2 * products * size * self.elements(w)
+            size, pixels = second.shape[-1], math.prod(instr.attrs.get("pixels", ()))
+            return size * (size + 1) * pixels * sum(self.sizes[first.rows])
+        products = 1 + (instr.kernel.endswith("bwd_jvp") and any(instr.inputs[6:7]))
+        return 2 * products * first.shape[-1] * self._elements(second)
 
     def _matmul(self, mode: str, instr: Instruction) -> int:
         x, y, *rest = instr.inputs

@@ -95,27 +95,29 @@ class _BatchNorm:
 
     def _to_input(self, p: Pass, op: Op, mode: str, before: tuple[Operand, ...], after: tuple[Operand, ...], dot: bool) -> None:
         """The gradient of all of x, or its tangent."""
-        if op.inputs[0] in p.from_patches:
-            return self._to_patches(p, op, mode, before, after, dot)
         name, index, more = "batchnorm", (), self._attrs(p, op)
         if self.pooled:
             name, index = "batchnorm_maxpool2d", (p.saved[op.output, "index"],)
             more |= self._window(op) | {"input_shape": p.program.values[op.inputs[0]].shape}
         p.add_bar(op.inputs[0], lambda dx: p.emit(f"{name}_{mode}", (*before, *index, *after), (dx,), **more), dot=dot)
 
-    def _to_patches(self, p: Pass, op: Op, mode: str, before: tuple[Operand, ...], after: tuple[Operand, ...], dot: bool) -> None:
-        """Pixel by pixel, as with running statistics: what these statistics add goes to the weight (patches.py). So only what was chosen is scaled."""
-        _, *before = before
-        after = (None, None, *((None, None, *after[4:7], None, None) if dot else ()))  # s1, s2, xt, mean_t, ..., s1t, s2t
-        inputs, attrs = (self._chosen(p, op), *before, *after), {"eps": op.attrs["eps"], "stat_rows": None}
-        if not self.pooled:
-            return p.add_bar(op.inputs[0], lambda dx: p.emit(f"batchnorm_{mode}", inputs, (dx,), **attrs), dot=dot)
-        tag, x = "dd" if dot else "d", op.inputs[0]
-        small = p.new(f"{tag}x{op.output}", p.program.values[op.output].shape, True)
-        p.emit(f"batchnorm_{mode}", inputs, (small,), **attrs)
-        shape = p.program.values[x].shape
-        scatter = mode.replace("_input", "")
-        p.add_bar(x, lambda dx: p.emit(f"maxpool2d_{scatter}", (small, p.saved[op.output, "index"]), (dx,), **self._window(op), input_shape=shape), dot=dot)
+    def _by_pixel(self, p: Pass, op: Op, gamma: Operand, dy: Operand, tangents: tuple[Operand, ...] | None = None) -> None:
+        """The same of statistics from patches, whose own share goes to the weight (patches.py): gamma rstd dy, of what was chosen alone.
+        ``tangents``: of rstd, gamma, dy."""
+        dot, spec, index = tangents is not None, p.program.values, p.saved.get((op.output, "index"))
+        mode, tag = ("bwd_jvp", "dd") if dot else ("bwd", "d")
+        rest = (None, None, None, None, *tangents, None, None) if dot else (None, None)  # neither s1 and s2, nor the tangents of x and mean
+        inputs = (self._chosen(p, op), *self._stats(p, op), gamma, dy, *rest)
+
+        def scaled(dx: Ref) -> None:
+            p.emit("batchnorm_bwd_input_jvp" if dot else "batchnorm_bwd_input", inputs, (dx,), eps=op.attrs["eps"], stat_rows=None)
+
+        def scattered(dx: Ref) -> None:
+            chosen = p.new(f"{tag}x{op.output}", spec[op.output].shape, True)
+            scaled(chosen)
+            p.emit(f"maxpool2d_{mode}", (chosen, index), (dx,), **self._window(op), input_shape=spec[op.inputs[0]].shape)
+
+        p.add_bar(op.inputs[0], scattered if self.pooled else scaled, dot=dot)
 
     def bwd(self, p: Pass, op: Op) -> None:
         (x, gamma, *_), dy = values_of(p, op), p.bar[op.output]
@@ -125,7 +127,9 @@ class _BatchNorm:
         p.bar_sums[op.output] = sums
         if patches := p.from_patches.get(op.inputs[0]):
             p.bar[patches.output] = sums[0]  # and sums[1]: in bar_sums
-        self._to_input(p, op, "bwd_input", (x, *self._stats(p, op), gamma, dy), sums, False)
+            self._by_pixel(p, op, gamma, dy)
+        else:
+            self._to_input(p, op, "bwd_input", (x, *self._stats(p, op), gamma, dy), sums, False)
         p.alias_bar(vgamma, sums[1])
         p.alias_bar(vbeta, sums[0])
 
@@ -142,7 +146,10 @@ class _BatchNorm:
             p.emit("batchnorm_bwd_stats_jvp", (self._chosen(p, op), *self._stats(p, op), dy, self._chosen_dot(p, op), *stats_t, dyt), sums_t, **self._attrs(p, op))
         p.bar_sums_dot[op.output] = sums_t
         sums = p.bar_sums.get(op.output, (None, None))
-        self._to_input(p, op, "bwd_input_jvp", (x, *self._stats(p, op), gamma, dy), (*sums, xt, *stats_t, gamma_t, dyt, *sums_t), True)
+        if op.inputs[0] in p.from_patches:
+            self._by_pixel(p, op, gamma, dy, (stats_t[1], gamma_t, dyt))
+        else:
+            self._to_input(p, op, "bwd_input_jvp", (x, *self._stats(p, op), gamma, dy), (*sums, xt, *stats_t, gamma_t, dyt, *sums_t), True)
         p.alias_bar(vgamma, sums_t[1], dot=True)
         p.alias_bar(vbeta, sums_t[0] if dyt is not None else None, dot=True)
 
