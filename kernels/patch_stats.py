@@ -115,16 +115,14 @@ def patch_stats(moments, w, rstd, wt, mean, second, eps, CI, TAPS, outputs, mome
     t = tl.program_id(1).to(tl.int64)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     moments, w = moments + t * moments_task, w + t * w_task
+    other = w if wt is None else wt + t * wt_task
     size = TAPS * CI
     one = tl.zeros((BO,), tl.float64)
     two = tl.zeros((BO,), tl.float64)
     for i0 in range(0, size, BI):
         i = i0 + tl.arange(0, BI)
         y = _rows_of_product(moments, w, i, o, CI, TAPS, outputs, BI)
-        if wt is None:
-            v = _weight(w, i, o, CI, TAPS, outputs)
-        else:
-            v = _weight(wt + t * wt_task, i, o, CI, TAPS, outputs)
+        v = _weight(other, i, o, CI, TAPS, outputs)
         one += tl.sum(_moment(moments, i, i < size, size)[:, None] * v, 0)
         two += tl.sum(v * y, 0)
     if wt is None:

@@ -65,8 +65,12 @@ public:
         const Cut cut = cut_of(s.c, s.kh, s.kw, s.sh, s.sw, s.ow, s.oh, 1, s.c);
         for (int64_t image = 0; image < c.task->n_support; ++image)
             for_pieces(cut, 0, s.oh, s.ow, [&](int64_t row, int64_t rows, int64_t col, int64_t cols) {
-                const Region region = {row * s.sh - s.top,      col * s.sw - s.left, (rows - 1) * s.sh + s.kh,
-                                       (cols - 1) * s.sw + s.kw, 0,                   s.c};
+                const Region region = {row * s.sh - s.top,
+                                       col * s.sw - s.left,
+                                       (rows - 1) * s.sh + s.kh,
+                                       (cols - 1) * s.sw + s.kw,
+                                       0,
+                                       s.c};
                 const Strip strip = bring(image_at(c, 0, image, s), 1, 0, region, c.scratch);
                 for (int64_t r = 0; r < rows; ++r)
                     for (int64_t q = 0; q < cols; ++q)
