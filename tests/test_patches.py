@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -28,20 +29,22 @@ class Net:
     """conv of the samples, norm, relu, [pool], conv, norm, relu, head; every part may be another."""
 
     def __init__(self, **options: object) -> None:
-        self.o = {"pool": TILES, "bias": True, "affine": "both", "statistics": "batch", "weight": "leaf", "role": "adapted", "data": "plain", "tied": False, **options}
-        self.b = ProgramBuilder((2 * 7 * 6,) if self.o["data"] == "flat" else (2, 7, 6))
+        self.o = {"pool": TILES, "bias": True, "affine": "both", "statistics": "batch", "weight": "leaf", "data": "plain", "tied": False, **options}
+        self.o = {"image": (2, 7, 6), "out": 6, "kernel": (2, 3), "stride": (1, 1), "padding": (1, 0, 1, 1), **self.o}
+        self.shape = self.o["out"], self.o["image"][0], *self.o["kernel"]
+        self.b = ProgramBuilder((math.prod(self.o["image"]),) if self.o["data"] == "flat" else self.o["image"])
 
     def leaf(self, name: str, *shape: int, role: str = "adapted", home: str = "meta") -> int:
         return self.b.leaf(name, shape, role, home)
 
     def weight(self) -> int:
-        kind, b = self.o["weight"], self.b
+        kind, b, (out, *patch) = self.o["weight"], self.b, self.shape
         if kind == "leaf":
-            return self.leaf("w", 6, 2, 2, 3, role=self.o["role"])
+            return self.leaf("w", *self.shape)
         if kind == "scaled":
-            return b.op("mul", self.leaf("w", 6, 2, 2, 3, role="outer"), self.leaf("scale", 6, 1, 1, 1))
-        left, right = self.leaf("left", 6, 6), self.leaf("right", 6, 12, role="outer")
-        return b.op("reshape", b.op("matmul", left, right), shape=(6, 2, 2, 3))
+            return b.op("mul", self.leaf("w", *self.shape, role="outer"), self.leaf("scale", out, 1, 1, 1))
+        left, right = self.leaf("left", out, 6), self.leaf("right", 6, math.prod(patch), role="outer")
+        return b.op("reshape", b.op("matmul", left, right), shape=self.shape)
 
     def norm(self, v: int, name: str) -> int:
         c = self.b.values[v].shape[0]
@@ -53,24 +56,24 @@ class Net:
     def build(self) -> Program:
         b, v = self.b, 0
         if self.o["data"] == "flat":
-            v = b.op("reshape", v, shape=(2, 7, 6))
+            v = b.op("reshape", v, shape=self.o["image"])
         if self.o["data"] == "padded":
             v = b.op("pad2d", v, padding=(1, 0, 0, 2))
         w = self.weight()
-        bias = self.leaf("bias", 6, role="outer" if self.o["bias"] == "outer" else "adapted") if self.o["bias"] else None
-        v = b.op("conv2d", v, w, bias, stride=(1, 1), padding=(1, 0, 1, 1))
+        bias = self.leaf("bias", self.shape[0], role="outer" if self.o["bias"] == "outer" else "adapted") if self.o["bias"] else None
+        v = b.op("conv2d", v, w, bias, stride=self.o["stride"], padding=self.o["padding"])
         v = self.norm(v, "n0")
         v = b.op("relu", v)
-        if self.o["pool"]:
+        if self.o["pool"] and min(b.values[v].shape[1:]) >= 2:
             v = b.op("maxpool2d", v, **self.o["pool"])
         if self.o["tied"]:
             other = b.op("global_avgpool2d", b.op("tanh", b.op("conv2d", 0, w, None, stride=(2, 2), padding=(0, 0, 0, 0))))
-        v = b.op("conv2d", v, self.leaf("w1", 4, 6, 2, 2), self.leaf("b1", 4), stride=(1, 1), padding=(0, 0, 0, 0))
+        v = b.op("conv2d", v, self.leaf("w1", 4, self.shape[0], 2, 2), self.leaf("b1", 4), stride=(1, 1), padding=(0, 1, 1, 0))
         v = b.op("relu", self.norm(v, "n1"))
         v = b.op("reshape", v, shape=(b.values[v].numel,))
         v = b.op("linear", v, self.leaf("head", 3, b.values[v].shape[0]), self.leaf("hb", 3))
         if self.o["tied"]:
-            v = b.op("add", v, b.op("linear", other, self.leaf("head2", 3, 6), None))
+            v = b.op("add", v, b.op("linear", other, self.leaf("head2", 3, self.shape[0]), None))
         return b.build(v)
 
 
@@ -112,7 +115,7 @@ OPTIONS = {
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it is exact, whether it pays or not."""
-    monkeypatch.setattr(patches, "_pays", lambda *_: True)
+    monkeypatch.setattr(patches, "FORWARD", 1e9)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -170,22 +173,55 @@ def test_halves_around_a_torch_loss(name: str, always: None) -> None:
     assert error({n: mine[n] for n in names}, {n: values[n] for n in names}, ZERO) <= 1e-4
 
 
-@pytest.mark.parametrize("part", range(3))
+def random_net(rng: random.Random) -> Net:
+    (h, w), kernel = rng.choice([(5, 7), (9, 6), (3, 3), (13, 4)]), (rng.choice([1, 2, 3]), rng.choice([1, 3]))
+    return Net(
+        image=(rng.choice([1, 2, 3, 17]), h, w),
+        out=rng.choice([1, 6, 16, 17, 65]),
+        kernel=kernel,
+        stride=(rng.choice([1, 1, 2]), rng.choice([1, 2, 3])),
+        padding=tuple(rng.choice([0, 1, 2]) for _ in range(4)),
+        pool=rng.choice([None, TILES, GAPS]),
+        bias=rng.choice([True, False, "outer"]),
+        affine=rng.choice(["both", "gamma", "beta", None]),
+        statistics=rng.choice(["batch", "support"]),
+        weight=rng.choice(["leaf", "leaf", "scaled", "product"]),
+        data=rng.choice(["plain", "flat", "padded"]),
+        tied=rng.choice([False, False, True]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_nets(seed: int, always: None) -> None:
+    """Against autograd in float64, and on the cpu executor by rule (a)."""
+    rng = random.Random(seed)
+    sizes = [(rng.randint(1, 6), rng.randint(1, 4)) for _ in range(3)]
+    memory = rng.choice(["constant", "fast"])
+    case = case_of(random_net(rng).build(), sizes, 0.02, steps=rng.choice([1, 2, 3]), first_order=rng.random() < 0.2, memory=memory)
+    plan = case.plan()
+    assert plan.count("patch_stats_fwd") and plan.count("patch_stats_bwd")
+    _, truth = case.truth()
+    got = gradients(TorchExecutor(plan).forward(case.call()), truth)
+    assert error(got, truth, 1e-6) <= max(1e-11, 1e3 * error(case.moved(1e-15).truth()[1], truth, 1e-6))
+    assert 0 <= masks_equal_error(case, 1e-5)
+
+
+@pytest.mark.parametrize("part", range(2))
 def test_random_programs(part: int, always: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64 the same as without; on the cpu executor by rule (a)."""
+    """Few of them have such a layer: in float64 the same as without, on the cpu executor by rule (a)."""
     seen = 0
-    for seed in range(80 * part, 80 * part + 80):
+    for seed in range(300 * part, 300 * part + 300):
         case = random_case(random.Random(seed), conv=True, native=True)
         if not case.plan().count("patch_stats"):
             continue
-        got, before = (({n: v for n, v in values.items() if n.startswith("grad.")}) for values in (run(case), ordinary(case, monkeypatch)))
+        got, before = ({n: v for n, v in values.items() if n.startswith("grad.")} for values in (run(case), ordinary(case, monkeypatch)))
         if not before or not all(torch.isfinite(v).all() for v in before.values()) or norm(before) > 1e3:
             continue
         seen += 1
         moved = {n: v for n, v in ordinary(case.moved(1e-15), monkeypatch).items() if n in before}
         assert error(got, before, 1e-6) <= max(1e-11, 1e3 * error(moved, before, 1e-6)), f"seed {seed}"
         assert masks_equal_error(case, 1e-5) >= -1, f"seed {seed}"
-    assert seen >= 5
+    assert seen >= 2
 
 
 # ------------------------------------------------------------------------------------------------------------ the cpu executor
