@@ -15,6 +15,7 @@ BASES = (None,) * 4  # base, scale, bbase, bscale: where a weight gradient is no
 MOST_TAPS, MOST_TAPS_IN_A_ROW = 2048, 96  # of a convolution: what a strip and the weights of a row of taps have room for
 PLANES = "planes"  # kind of an image that lies as the caller has it: [c, h, w]
 SMOOTH = ("tanh", "sigmoid", "exp", "elu", "gelu", "silu", "softplus")
+MOST_PATCH = 160  # kMostPatch in csrc/cpu/kernels/patch_stats.cpp
 MAX_NORM_CHANNELS = 8192  # kMaxNormChannels in csrc/cpu/kernels/rownorm.h
 
 
@@ -179,8 +180,10 @@ def _conv2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
 
 def _patch_moments(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     x, attrs = _buffer(instr.inputs[0], buffers), instr.attrs
-    _, *kernel = attrs["patch"]
-    (top, _, left, _) = attrs["padding"]
+    channels, *kernel = attrs["patch"]
+    if (size := channels * kernel[0] * kernel[1]) > MOST_PATCH:
+        raise NotImplementedError(f"the moments of patches of {size} numbers have no native kernel, only of {MOST_PATCH}")
+    top, _, left, _ = attrs["padding"]
     sizes = (*x.shape, 0, *kernel, *attrs["stride"], top, left, *attrs["pixels"], int(x.kind == PLANES))
     return Native(instr.kernel, (*instr.inputs, *instr.outputs), sizes, unpadded=(0,))
 
