@@ -49,7 +49,9 @@ class Net:
     def norm(self, v: int, name: str) -> int:
         c = self.b.values[v].shape[0]
         affine = self.o["affine"]
-        gamma = self.leaf(f"{name}.gamma", c) if affine in ("both", "gamma") else None
+        gamma = self.leaf(f"{name}.gamma", c) if affine in ("both", "gamma", "product") else None
+        if affine == "product":  # made behind the convolution
+            gamma = self.b.op("mul", gamma, self.leaf(f"{name}.scale", c, role="outer"))
         beta = self.leaf(f"{name}.beta", c, role="outer" if affine == "beta" else "adapted") if affine in ("both", "beta") else None
         return self.b.op("batchnorm", v, gamma, beta, eps=1e-3, statistics=self.o["statistics"])
 
@@ -94,6 +96,7 @@ NETS = {
     "no-affine": {"affine": None},
     "gamma": {"affine": "gamma"},
     "beta": {"affine": "beta", "pool": None},
+    "gamma-product": {"affine": "product"},
     "support": {"statistics": "support"},
     "scaled": {"weight": "scaled"},
     "product": {"weight": "product", "pool": None},
@@ -183,7 +186,7 @@ def random_net(rng: random.Random) -> Net:
         padding=tuple(rng.choice([0, 1, 2]) for _ in range(4)),
         pool=rng.choice([None, TILES, GAPS]),
         bias=rng.choice([True, False, "outer"]),
-        affine=rng.choice(["both", "gamma", "beta", None]),
+        affine=rng.choice(["both", "gamma", "beta", "product", None]),
         statistics=rng.choice(["batch", "support"]),
         weight=rng.choice(["leaf", "leaf", "scaled", "product"]),
         data=rng.choice(["plain", "flat", "padded"]),
@@ -331,7 +334,7 @@ def refused(kind: str) -> Program:
 @pytest.mark.parametrize("kind", ["not data", "activation", "two readers", "other norm", "running", "frozen", "joint"])
 def test_where_it_is_not_exact_nothing_changes(kind: str, always: None) -> None:
     program = refused(kind)
-    assert patches.statistics_from_patches(program, "train", 5, True) == program
+    assert patches.statistics_from_patches(program, "train", 5, 5) == program
     assert not case_of(program).plan().count("patch_")
 
 
@@ -339,7 +342,7 @@ def test_a_program_that_ends_in_a_convolution(always: None) -> None:
     b = ProgramBuilder((2, 3, 3))
     z = b.op("conv2d", 0, b.leaf("w", (3, 2, 3, 3), "adapted"), None, stride=(1, 1), padding=(0,) * 4)
     program = b.build(b.op("reshape", z, shape=(3,)))
-    assert patches.statistics_from_patches(program, "train", 5, True) == program
+    assert patches.statistics_from_patches(program, "train", 5, 5) == program
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ MOST = 160  # taps * channels: executors have room for the products of so many
 FORWARD, BACKWARD, HVP = 2, 1, 4
 
 
-def statistics_from_patches(program: Program, entry: str, steps: int, second_order: bool) -> Program:
-    """``steps``: how often the inner loop reads the support rows; ``second_order``: and goes back over them."""
+def statistics_from_patches(program: Program, entry: str, steps: int, products: int) -> Program:
+    """``steps``: gradients of the support rows; ``products``: Hessian-vector products."""
     statistics = {op.attrs["statistics"] for op in program.ops if op.name in NORMS}
     if "joint" in statistics:  # there are no passes over the support rows alone
         return program
@@ -48,7 +48,7 @@ def statistics_from_patches(program: Program, entry: str, steps: int, second_ord
         norm = next(iter(readers.get(op.output, ())), None)
         alone = norm is not None and len(readers[op.output]) == 1 and op.output != program.output and norm.inputs[0] == op.output
         fits = op.name == "conv2d" and op.inputs[0] in data and level[op.output] == "step" and alone and norm.name in NORMS
-        if fits and norm.attrs["statistics"] in ("batch", "support") and _pays(program, op, steps, second_order):
+        if fits and norm.attrs["statistics"] in ("batch", "support") and _pays(program, op, steps, products):
             x, w = op.inputs[:2]
             outputs, *patch = values[w].shape
             key = (x, *patch, *op.attrs["stride"], *op.attrs["padding"])
@@ -58,8 +58,8 @@ def statistics_from_patches(program: Program, entry: str, steps: int, second_ord
                 moments[key] = len(values) - 1
                 ops.append(Op("patch_moments", (x,), moments[key], MappingProxyType({**op.attrs, "patch": tuple(patch), "pixels": values[op.output].shape[1:]})))
             values.append(Value((outputs,), False))
-            attrs = {"of": op.output, "norm": norm.output, "eps": norm.attrs["eps"]}
-            ops.append(Op("patch_stats", (moments[key], w, norm.inputs[1]), len(values) - 1, MappingProxyType(attrs)))
+            attrs = {"of": op.output, "norm": norm.output, "gamma": norm.inputs[1], "eps": norm.attrs["eps"]}
+            ops.append(Op("patch_stats", (moments[key], w), len(values) - 1, MappingProxyType(attrs)))
         ops.append(op)
     return replace(program, values=tuple(values), ops=tuple(ops))
 
@@ -73,12 +73,12 @@ def _data(program: Program) -> set[int]:
     return data
 
 
-def _pays(program: Program, conv: Op, steps: int, second_order: bool) -> bool:
-    """By the multiply-adds for each pixel of z: those of the moments, once, and those that they save at each step."""
+def _pays(program: Program, conv: Op, steps: int, products: int) -> bool:
+    """By the multiply-adds for each pixel of z: those of the moments, once, and those that they save in every pass."""
     outputs, *patch = program.values[conv.inputs[1]].shape
     size = patch[0] * patch[1] * patch[2]
-    saved = FORWARD + BACKWARD + (HVP if second_order else 0)
-    return size <= MOST and size * (size + 1) <= 2 * saved * steps * outputs
+    saved = (FORWARD + BACKWARD) * steps + HVP * products
+    return size <= MOST and size * (size + 1) <= 2 * saved * outputs
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules
@@ -100,13 +100,12 @@ def patch_stats() -> Rule:
 
     def fwd(p: Pass, op: Op) -> None:
         if op.attrs["of"] in p.from_patches and (op.output, "mean") not in p.saved:
-            moments, w, _ = values_of(p, op)
             channels = p.program.values[op.output].shape
             out = (p.save(op, "mean", channels, False), p.save(op, "rstd", channels, False))
-            p.emit("patch_stats_fwd", (moments, w), out, eps=op.attrs["eps"])
+            p.emit("patch_stats_fwd", values_of(p, op), out, eps=op.attrs["eps"])
 
     def jvp(p: Pass, op: Op) -> Operand:
-        (moments, w, _), (_, wt, _) = values_of(p, op), dots_of(p, op)
+        (moments, w), (_, wt) = values_of(p, op), dots_of(p, op)
         if op.attrs["of"] in p.from_patches and wt is not None:
             channels = p.program.values[op.output].shape
             out = (p.new(f"tmean{op.output}", channels, False), p.new(f"trstd{op.output}", channels, False))
@@ -115,17 +114,16 @@ def patch_stats() -> Rule:
         return None
 
     def bwd(p: Pass, op: Op) -> None:
-        moments, w, gamma = values_of(p, op)
-        inputs = (moments, w, gamma, p.saved[op.output, "rstd"], *p.bar_sums[op.attrs["norm"]])
+        inputs = (*values_of(p, op), p.value.get(op.attrs["gamma"]), p.saved[op.output, "rstd"], *p.bar_sums[op.attrs["norm"]])
         p.add_bar(op.inputs[1], lambda dw: p.emit("patch_stats_bwd", inputs, (dw,)))
 
     def bwd_jvp(p: Pass, op: Op) -> None:
-        (moments, w, gamma), (_, wt, gamma_t) = values_of(p, op), dots_of(p, op)
+        (_, wt), gamma, gamma_t = dots_of(p, op), *(table.get(op.attrs["gamma"]) for table in (p.value, p.dot))
         sums, sums_t = (table.get(op.attrs["norm"], (None, None)) for table in (p.bar_sums, p.bar_sums_dot))
         _, rstd_t = p.dot_stats.get(op.output, (None, None))
         if not any((*sums_t, sums[0] and (wt or gamma_t))):
             return
-        inputs = (moments, w, gamma, p.saved[op.output, "rstd"], *sums, wt, gamma_t, rstd_t, *sums_t)
+        inputs = (*values_of(p, op), gamma, p.saved[op.output, "rstd"], *sums, wt, gamma_t, rstd_t, *sums_t)
         p.add_bar(op.inputs[1], lambda dw: p.emit("patch_stats_bwd_jvp", inputs, (dw,)), dot=True)
 
     return Rule(fwd, jvp, bwd, bwd_jvp)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fastmaml.optimizers import ImplicitGradient
 from fastmaml.plan.arrangement import Arrangement
 from fastmaml.plan.epilogue import Epilogue
 from fastmaml.plan.groups import make_groups
@@ -42,13 +43,17 @@ def build_plan(program: Program, arrangement: Arrangement) -> Plan:
         states = {f.weight + STATE: arrangement.rates[f.weight] for f in factored}
         arrangement = replace(arrangement, rates={**arrangement.rates, **states})
     if arrangement.steps and arrangement.entry != "predict":
-        program = statistics_from_patches(program, arrangement.entry, arrangement.steps, _goes_back(arrangement))
+        program = statistics_from_patches(program, arrangement.entry, arrangement.steps, _products(arrangement))
     return _Sweep(program, arrangement).build()
 
 
-def _goes_back(a: Arrangement) -> bool:
-    """Whether there are Hessian-vector products."""
-    return a.entry in ("train", "halves") and a.meta_gradient != "reptile" and not a.first_order
+def _products(a: Arrangement) -> int:
+    """How many Hessian-vector products there are."""
+    if a.entry not in ("train", "halves") or a.meta_gradient == "reptile":
+        return 0
+    if isinstance(a.meta_gradient, ImplicitGradient):
+        return a.meta_gradient.cg_steps
+    return 0 if a.first_order else a.steps
 
 
 class _Sweep(Inner, Outer, Reverse, Implicit, Epilogue):
