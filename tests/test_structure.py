@@ -211,6 +211,15 @@ def joint_body_plan() -> Plan:
     return build_plan(b.build(b.op("linear", normed, head)), Arrangement(2, Loss(), {"head": Rate("inner_lr")}))
 
 
+def patches_plan() -> Plan:
+    """A first convolution with few taps and many outputs, whose batch statistics are made of the moments of its patches."""
+    b = ProgramBuilder((1, 5, 5))
+    v = b.op("conv2d", 0, b.leaf("w", (16, 1, 3, 3), "adapted"), None, stride=(1, 1), padding=(1, 1, 1, 1))
+    v = b.op("global_avgpool2d", b.op("relu", b.op("batchnorm", v, eps=1e-5, statistics="batch")))
+    program = b.build(b.op("linear", v, b.leaf("head", (4, 16), "adapted")))
+    return build_plan(program, Arrangement(2, Loss(), {"w": Rate("inner_lr"), "head": Rate("inner_lr")}))
+
+
 def test_every_native_kernel_is_reached_by_some_plan() -> None:
     reached: set[str] = set()
     for seed in range(300):
@@ -219,7 +228,7 @@ def test_every_native_kernel_is_reached_by_some_plan() -> None:
         reached |= lowered(case.plan())
     for case in (net_case("omniglot-fc-factored", tasks=1), ragged_case("factored")):
         reached |= lowered(case.plan(), 13, 15) | lowered(case.plan(memory="fast"), 13, 15)
-    reached |= lowered(joint_body_plan())
+    reached |= lowered(joint_body_plan()) | lowered(patches_plan())
     case = net_case("mlp", tasks=1)
     fixed = {name: Rate("lr") for name in case.arrangement.rates}
     reached |= lowered(case.plan(rates=fixed, meta_gradient=ImplicitGradient()), 13, 15)
@@ -234,6 +243,7 @@ SHARED = {  # kernels that are no op's own: where they live
     "avgpool2d": ("global_avgpool2d",),
     "layernorm": ("groupnorm",),
     "linear": ("row_sum",),
+    "patch_stats": ("patch_moments", "patch_stats"),
     "relu": ("leaky_relu",),
     "reshape": ("flatten_image", "unflatten_image"),
 }

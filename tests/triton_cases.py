@@ -239,6 +239,7 @@ def instruction_cases() -> Iterator[tuple[str, Case, Plan]]:
     yield "matrices", *matrices()
     for kind in ("rows", "images"):
         yield f"fusible {kind}", *fusible(kind)
+    yield "patches", *patches()
     b = ProgramBuilder((5,))
     v = b.op("batchnorm", b.op("linear", 0, b.leaf("body", (4, 5), "outer")), eps=1e-3, statistics="joint")
     program = b.build(b.op("linear", v, b.leaf("head", (3, 4), "adapted")))
@@ -261,6 +262,20 @@ def matrices() -> tuple[Case, Plan]:
     a = Arrangement(steps=2, rates={leaf.name: Rate("lr") for leaf in program.leaves})
     case = numbers_for(program, a, 0, [(3, 2), (5, 4)])
     return case, case.plan()
+
+
+def patches() -> tuple[Case, Plan]:
+    """A convolution of the samples of which so many outputs are normalised that their statistics are made of the moments of its patches."""
+    b = ProgramBuilder((2, 5, 6))
+    v = b.op("conv2d", 0, b.leaf("w", (19, 2, 2, 3), "adapted"), b.leaf("b", (19,), "adapted"), stride=(2, 1), padding=(1, 0, 0, 2))
+    v = b.op("relu", b.op("batchnorm", v, b.leaf("bn.g", (19,), "adapted"), b.leaf("bn.b", (19,), "adapted"), eps=1e-3, statistics="batch"))
+    v = b.op("global_avgpool2d", b.op("maxpool2d", v, kernel=(2, 2), stride=(2, 2), padding=(0, 0)))
+    program = b.build(b.op("linear", v, b.leaf("head", (3, 19), "adapted"), None))
+    a = Arrangement(steps=1, rates={leaf.name: Rate("lr") for leaf in program.leaves})
+    case = numbers_for(program, a, 0, [(3, 2), (5, 4)])
+    plan = case.plan()
+    assert plan.count("patch_stats")
+    return case, plan
 
 
 def fusible(kind: str) -> tuple[Case, Plan]:
@@ -429,6 +444,10 @@ def test_fusion_changes_no_bit(name: str, chunk: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", ["rows", "images"])
 def test_fused_plans(kind: str) -> None:
     judge_plan(fusible(kind)[0])
+
+
+def test_statistics_from_patches() -> None:
+    judge_plan(patches()[0])
 
 
 @pytest.mark.parametrize(("kind", "option"), QUICK)

@@ -15,6 +15,7 @@ BASES = (None,) * 4  # base, scale, bbase, bscale: where a weight gradient is no
 MOST_TAPS, MOST_TAPS_IN_A_ROW = 2048, 96  # of a convolution: what a strip and the weights of a row of taps have room for
 PLANES = "planes"  # kind of an image that lies as the caller has it: [c, h, w]
 SMOOTH = ("tanh", "sigmoid", "exp", "elu", "gelu", "silu", "softplus")
+MOST_PATCH = 160  # kMostPatch in csrc/cpu/kernels/patch_stats.cpp
 MAX_NORM_CHANNELS = 8192  # kMaxNormChannels in csrc/cpu/kernels/rownorm.h
 
 
@@ -175,6 +176,23 @@ def _conv2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
     (top, _, left, _), planes = attrs["padding"], int(ins[0] is not None and _buffer(ins[0], buffers).kind == PLANES)
     sizes = (*x, w[0], taps_h, taps_w, *attrs["stride"], top, left, *y[1:], planes)
     return Native(instr.kernel, refs, sizes, packed=packed, unpadded=unpadded)
+
+
+def _patch_moments(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    x, attrs = _buffer(instr.inputs[0], buffers), instr.attrs
+    channels, *kernel = attrs["patch"]
+    if (size := channels * kernel[0] * kernel[1]) > MOST_PATCH:
+        raise NotImplementedError(f"the moments of patches of {size} numbers have no native kernel, only of {MOST_PATCH}")
+    top, _, left, _ = attrs["padding"]
+    sizes = (*x.shape, 0, *kernel, *attrs["stride"], top, left, *attrs["pixels"], int(x.kind == PLANES))
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), sizes, unpadded=(0,))
+
+
+def _patch_stats(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
+    outputs, channels, h, w = _buffer(instr.inputs[1], buffers).shape
+    packed = {"fwd": (1,), "jvp": (1, 3), "bwd": (1, 6), "bwd_jvp": (1, 6, 11)}[instr.kernel.removeprefix("patch_stats_")]
+    numbers = (instr.attrs["eps"],) if "eps" in instr.attrs else ()
+    return Native(instr.kernel, (*instr.inputs, *instr.outputs), (channels, h * w, outputs), numbers, packed=packed)
 
 
 def _batchnorm(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
@@ -449,6 +467,8 @@ def is_flat(shape: tuple[int, ...]) -> bool:
 _TABLE: dict[str, Callable[[Instruction, Buffers, str | None], Native]] = {
     "linear": _linear,
     "conv2d": _conv2d,
+    "patch_moments": _patch_moments,
+    "patch_stats": _patch_stats,
     "gram": _factored,
     "factored_linear": _factored,
     "row_sum": _row_sum,

@@ -60,7 +60,7 @@ def packed_weights(plan: Plan, buffers: Buffers, excluded: Callable[[str], bool]
         pairs.append(same_layout(instr, buffers))
         if is_reshaped_weight(instr, buffers):
             columns.join(usable((*instr.inputs, *instr.outputs)))
-        if not instr.kernel.startswith(("linear_", "conv2d_", "matmul_", "mul_")):
+        if not instr.kernel.startswith(("linear_", "conv2d_", "matmul_", "mul_", "patch_stats_")):
             continue
         call = native(instr, buffers, None)
         weights.update(call.operands[i].buffer for i in call.packed if call.operands[i])

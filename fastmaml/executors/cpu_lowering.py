@@ -26,7 +26,7 @@ HOMES = {"meta": 0, "task": 1, "run": 2, "scratch": 2, "block": 2}
 ROWS = {None: 0, "support": 1, "query": 2, "joint": 3}
 
 
-SCRATCH = ("conv2d_",)  # kernels that need it
+SCRATCH = ("conv2d_", "patch_")  # kernels that need it
 ARRAYS = ("sgd_fwd", "sgd_bwd", "sgd_bwd_rate", "clip_value_fwd", "clip_value_bwd", "dot_fwd", "axpy_fwd", "scale_fwd", "add_fwd", "zero_fwd", "copy_fwd")
 
 

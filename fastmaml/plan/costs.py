@@ -177,6 +177,8 @@ class Counter:
         if instr.kernel in GRAM:  # products of the Gram matrix with rows, or of rows that make it
             gram, x = ((*instr.inputs, *instr.outputs)[i] for i in GRAM[instr.kernel])
             return 2 * self.elements(gram) * self.buffers[x.buffer].numel, self.elements(instr.outputs[0])
+        if op == "patch":
+            return self._patches(instr), 0
         words = instr.kernel.split("_")
         for n in range(len(words), 0, -1):
             each = ELEMENTWISE.get("_".join(words[:n]))
@@ -203,6 +205,15 @@ class Counter:
         else:
             taps = math.prod(self.buffers[a[1].buffer].shape[1:])
         return 2 * products * self.elements(y) * taps, 0 if bias is None else self.elements(y)
+
+    def _patches(self, instr: Instruction) -> int:
+        """patch_moments: C is symmetric; patch_stats: C w, and in the tangent of its gradient C wt."""
+        first, second = (self.buffers[ref.buffer] for ref in (*instr.inputs, *instr.outputs)[:2])
+        if instr.kernel.startswith("patch_moments"):
+            size, pixels = second.shape[-1], math.prod(instr.attrs.get("pixels", ()))
+            return size * (size + 1) * pixels * sum(self.sizes[first.rows])
+        products = 1 + (instr.kernel.endswith("bwd_jvp") and any(instr.inputs[6:7]))
+        return 2 * products * first.shape[-1] * self._elements(second)
 
     def _matmul(self, mode: str, instr: Instruction) -> int:
         x, y, *rest = instr.inputs

@@ -13,6 +13,7 @@ from typing import Any
 from fastmaml.plan.instructions import Operand, Ref
 from fastmaml.plan.norms import batchnorm, rownorm
 from fastmaml.plan.passes import Pass
+from fastmaml.plan.patches import patch_moments, patch_stats
 from fastmaml.plan.rule import Rule, add_weight_and_bias, attrs_of, dots_of, values_of
 from fastmaml.program import Op
 
@@ -51,20 +52,28 @@ def _contraction(name: str) -> Rule:
         x, w = (p.program.values[v].shape for v in op.inputs[:2])
         return attrs_of(op) | ({"input_shape": x, "weight_shape": w} if name == "conv2d" else {})
 
+    def biased(p: Pass, op: Op, b: Any) -> Any:
+        """The bias, but where a normalisation takes it away again (patches.py)."""
+        return None if op.output in p.from_patches else b
+
     def fwd(p: Pass, op: Op) -> None:
-        p.emit(f"{name}_fwd", values_of(p, op), (p.value[op.output],), **attrs_of(op))
+        x, w, b = values_of(p, op)
+        p.emit(f"{name}_fwd", (x, w, biased(p, op, b)), (p.value[op.output],), **attrs_of(op))
 
     def jvp(p: Pass, op: Op) -> Operand:
-        x, w, _ = values_of(p, op)
+        (x, w, _), (xt, wt, bt) = values_of(p, op), dots_of(p, op)
+        tangents = (xt, wt, biased(p, op, bt))
+        if not any(tangents):
+            return None
         out = p.like("t", op.output)
-        p.emit(f"{name}_jvp", (x, w, *dots_of(p, op)), (out,), **attrs_of(op))
+        p.emit(f"{name}_jvp", (x, w, *tangents), (out,), **attrs_of(op))
         return out
 
     def bwd(p: Pass, op: Op) -> None:
         (x, w, _), dy = values_of(p, op), p.bar[op.output]
         vx, vw, vb = op.inputs
         p.add_bar(vx, lambda dx: p.emit(f"{name}_bwd_input", (dy, w), (dx,), **attrs(p, op)))
-        add_weight_and_bias(p, vw, vb, f"{name}_bwd_weight", (x, dy), False, attrs(p, op))
+        add_weight_and_bias(p, vw, biased(p, op, vb), f"{name}_bwd_weight", (x, dy), False, attrs(p, op))
 
     def bwd_jvp(p: Pass, op: Op) -> None:
         (x, w, _), (xt, wt, _) = values_of(p, op), dots_of(p, op)
@@ -73,7 +82,8 @@ def _contraction(name: str) -> Rule:
         if dyt is not None or (dy is not None and wt is not None):
             p.add_bar(vx, lambda dx: p.emit(f"{name}_bwd_input_jvp", (dy, w, dyt, wt), (dx,), **attrs(p, op)), dot=True)
         if dyt is not None or (dy is not None and xt is not None):
-            add_weight_and_bias(p, vw, vb if dyt is not None else None, f"{name}_bwd_weight_jvp", (x, None if xt is None else dy, xt, dyt), True, attrs(p, op))
+            vb = biased(p, op, vb) if dyt is not None else None
+            add_weight_and_bias(p, vw, vb, f"{name}_bwd_weight_jvp", (x, None if xt is None else dy, xt, dyt), True, attrs(p, op))
 
     return Rule(fwd, jvp, bwd, bwd_jvp)
 
@@ -344,6 +354,8 @@ RULES: Mapping[str, Rule] = {
     "add": _add(),
     "mul": _product("mul"),
     "matmul": _product("matmul"),
+    "patch_moments": patch_moments(),
+    "patch_stats": patch_stats(),
     "gram": _gram(),
     "factored_linear": _factored_linear(),
     "module": _module(),

@@ -13,7 +13,7 @@ from fastmaml.plan.instructions import Buffer, Group, Instruction
 # They read other rows than they write, or all rows of an array at once
 WHOLE = {
     *("join_rows_fwd", "support_rows_fwd", "query_rows_fwd", "query_rows_bwd", "sgd_bwd_rate"),
-    *("gram_fwd", "factored_linear_fwd", "factored_linear_bwd", "factored_linear_bwd_jvp"),
+    *("patch_moments_fwd", "gram_fwd", "factored_linear_fwd", "factored_linear_bwd", "factored_linear_bwd_jvp"),
 }
 
 

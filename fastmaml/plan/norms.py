@@ -36,7 +36,9 @@ class _BatchNorm:
         return {name: op.attrs[name] for name in ("kernel", "stride", "padding")}
 
     def _stats(self, p: Pass, op: Op) -> tuple[Ref, Ref]:
-        """Made where they are first asked for: by the jvp, where the output itself is given."""
+        """Made where they are first asked for: by the jvp, where the output itself is given. From patches they are there already."""
+        if patches := p.from_patches.get(op.inputs[0]):
+            return p.saved[patches.output, "mean"], p.saved[patches.output, "rstd"]
         if (op.output, "mean") not in p.saved:
             x, _, _, running_mean, running_var = values_of(p, op)
             channels = p.program.values[op.output].shape[:1]
@@ -54,7 +56,8 @@ class _BatchNorm:
             return x
         if op.output not in p.chosen:
             shape = p.program.values[op.output].shape
-            p.chosen[op.output] = out = p.new(f"x{op.output}", shape, True)
+            steps = p.keep_steps if p.keep_values and op.inputs[0] in p.from_patches else 0  # where nobody asks for all of x any more
+            p.chosen[op.output] = out = p.new(f"x{op.output}", shape, True, steps=steps)
             if (op.output, "index") in p.saved:
                 p.emit("maxpool2d_replay", (x, p.saved[op.output, "index"]), (out,), **self._window(op))
             else:
@@ -79,7 +82,9 @@ class _BatchNorm:
     def jvp(self, p: Pass, op: Op) -> Operand:
         (x, gamma, *_), (xt, gamma_t, beta_t, *_) = values_of(p, op), dots_of(p, op)
         stats_t: tuple[Operand, Operand] = (None, None)
-        if xt is not None and op.attrs["statistics"] != "running":
+        if patches := p.from_patches.get(op.inputs[0]):
+            stats_t = p.dot_stats.get(patches.output, (None, None))
+        elif xt is not None and op.attrs["statistics"] != "running":
             channels = p.program.values[op.output].shape[:1]
             stats_t = (p.new(f"tmean{op.output}", channels, False), p.new(f"trstd{op.output}", channels, False))
             p.emit("batchnorm_stats_jvp", (x, *self._stats(p, op), xt), stats_t, **self._attrs(p, op))
@@ -96,13 +101,35 @@ class _BatchNorm:
             more |= self._window(op) | {"input_shape": p.program.values[op.inputs[0]].shape}
         p.add_bar(op.inputs[0], lambda dx: p.emit(f"{name}_{mode}", (*before, *index, *after), (dx,), **more), dot=dot)
 
+    def _by_pixel(self, p: Pass, op: Op, gamma: Operand, dy: Operand, tangents: tuple[Operand, ...] | None = None) -> None:
+        """The same of statistics from patches, whose own share goes to the weight (patches.py): gamma rstd dy, of what was chosen alone.
+        ``tangents``: of rstd, gamma, dy."""
+        dot, spec, index = tangents is not None, p.program.values, p.saved.get((op.output, "index"))
+        mode, tag = ("bwd_jvp", "dd") if dot else ("bwd", "d")
+        rest = (None, None, None, None, *tangents, None, None) if dot else (None, None)  # neither s1 and s2, nor the tangents of x and mean
+        inputs = (self._chosen(p, op), *self._stats(p, op), gamma, dy, *rest)
+
+        def scaled(dx: Ref) -> None:
+            p.emit("batchnorm_bwd_input_jvp" if dot else "batchnorm_bwd_input", inputs, (dx,), eps=op.attrs["eps"], stat_rows=None)
+
+        def scattered(dx: Ref) -> None:
+            chosen = p.new(f"{tag}x{op.output}", spec[op.output].shape, True)
+            scaled(chosen)
+            p.emit(f"maxpool2d_{mode}", (chosen, index), (dx,), **self._window(op), input_shape=spec[op.inputs[0]].shape)
+
+        p.add_bar(op.inputs[0], scattered if self.pooled else scaled, dot=dot)
+
     def bwd(self, p: Pass, op: Op) -> None:
         (x, gamma, *_), dy = values_of(p, op), p.bar[op.output]
         _, vgamma, vbeta = op.inputs[:3]
         sums = self._sums(p, op, "")
         p.emit("batchnorm_bwd_stats", (self._chosen(p, op), *self._stats(p, op), dy), sums, **self._attrs(p, op))
         p.bar_sums[op.output] = sums
-        self._to_input(p, op, "bwd_input", (x, *self._stats(p, op), gamma, dy), sums, False)
+        if patches := p.from_patches.get(op.inputs[0]):
+            p.bar[patches.output] = sums[0]  # and sums[1]: in bar_sums
+            self._by_pixel(p, op, gamma, dy)
+        else:
+            self._to_input(p, op, "bwd_input", (x, *self._stats(p, op), gamma, dy), sums, False)
         p.alias_bar(vgamma, sums[1])
         p.alias_bar(vbeta, sums[0])
 
@@ -117,8 +144,12 @@ class _BatchNorm:
         if dyt is not None or xt is not None:
             sums_t = self._sums(p, op, "t")
             p.emit("batchnorm_bwd_stats_jvp", (self._chosen(p, op), *self._stats(p, op), dy, self._chosen_dot(p, op), *stats_t, dyt), sums_t, **self._attrs(p, op))
+        p.bar_sums_dot[op.output] = sums_t
         sums = p.bar_sums.get(op.output, (None, None))
-        self._to_input(p, op, "bwd_input_jvp", (x, *self._stats(p, op), gamma, dy), (*sums, xt, *stats_t, gamma_t, dyt, *sums_t), True)
+        if op.inputs[0] in p.from_patches:
+            self._by_pixel(p, op, gamma, dy, (stats_t[1], gamma_t, dyt))
+        else:
+            self._to_input(p, op, "bwd_input_jvp", (x, *self._stats(p, op), gamma, dy), (*sums, xt, *stats_t, gamma_t, dyt, *sums_t), True)
         p.alias_bar(vgamma, sums_t[1], dot=True)
         p.alias_bar(vbeta, sums_t[0] if dyt is not None else None, dot=True)
 

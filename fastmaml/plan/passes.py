@@ -43,6 +43,9 @@ class Pass:
         self.second: dict[int, list[Operand]] = {}
         self.support_data: Operand = None  # x of the support rows, for Gram matrices
         self.factor_gradient = False  # the gradient pass: see rewrite.py
+        self.bar_sums_dot: dict[int, tuple[Operand, Operand]] = {}
+        # by their output: convolutions whose statistics are made of the moments of the support rows' patches, and what makes them (see patches.py)
+        self.from_patches = {op.attrs["of"]: op for op in self.ops if op.name == "patch_stats" and extent == "support"}
         self.before: dict[int, Callable[[], None]] = {}  # by the op's output: emits what the op needs first
         self.bars_given = False  # memory="fast": the adjoints came along, too
 

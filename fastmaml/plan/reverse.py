@@ -72,6 +72,7 @@ class Reverse(Frame):
         p.saved = {key: ref for key, ref in g.saved.items() if key[1] != "graph"}
         if self.keeps_values:
             p.value |= g.value
+            p.chosen = {op.output: g.chosen[op.output] for op in p.ops if op.inputs[0] in p.from_patches and op.output in g.chosen}
             p.bar, p.bar_sums, p.bars_given = dict(g.bar), dict(g.bar_sums), True
 
     def _make_again(self, p: Pass) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fastmaml.optimizers import ImplicitGradient
 from fastmaml.plan.arrangement import Arrangement
 from fastmaml.plan.epilogue import Epilogue
 from fastmaml.plan.groups import make_groups
@@ -22,6 +23,7 @@ from fastmaml.plan.inner import Inner
 from fastmaml.plan.instructions import Phase, Plan, Segment
 from fastmaml.plan.memory import assign_homes
 from fastmaml.plan.outer import Outer
+from fastmaml.plan.patches import statistics_from_patches
 from fastmaml.plan.pooling import pool_first
 from fastmaml.plan.reassociate import reassociate
 from fastmaml.plan.reverse import Reverse
@@ -40,7 +42,18 @@ def build_plan(program: Program, arrangement: Arrangement) -> Plan:
         program, factored = factor_first_layers(program, scalar, arrangement.support_rows)
         states = {f.weight + STATE: arrangement.rates[f.weight] for f in factored}
         arrangement = replace(arrangement, rates={**arrangement.rates, **states})
+    if arrangement.steps and arrangement.entry != "predict":
+        program = statistics_from_patches(program, arrangement.entry, arrangement.steps, _products(arrangement))
     return _Sweep(program, arrangement).build()
+
+
+def _products(a: Arrangement) -> int:
+    """How many Hessian-vector products there are."""
+    if a.entry not in ("train", "halves") or a.meta_gradient == "reptile":
+        return 0
+    if isinstance(a.meta_gradient, ImplicitGradient):
+        return a.meta_gradient.cg_steps
+    return 0 if a.first_order else a.steps
 
 
 class _Sweep(Inner, Outer, Reverse, Implicit, Epilogue):

@@ -89,15 +89,16 @@ static void bring_pixels(const Image& from, const Region& r, float* to) {
 }
 
 // How a source is cut so that its strips fit: channels at a time, and of those output columns and rows at a time. The
-// channels (which alone change a sum's order) follow from the layer's shape.
+// channels (which alone change a sum's order) follow from the layer's shape; `least` of them stay together.
 struct Cut {
     int64_t channels, cols, rows;
 };
-static Cut cut_of(int64_t channels, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t cols, int64_t rows, int n) {
+static Cut cut_of(int64_t channels, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t cols, int64_t rows, int n,
+                  int64_t least = kLane) {
     const int64_t room = kStripFloats / n;
     auto floats = [&](const Cut& k) { return ((k.rows - 1) * sh + kh) * ((k.cols - 1) * sw + kw) * k.channels; };
     Cut cut = {channels, cols, 1};
-    while (floats(cut) > room && cut.channels > kLane) cut.channels = pad_lane((cut.channels + 1) / 2);
+    while (floats(cut) > room && cut.channels > least) cut.channels = pad_lane((cut.channels + 1) / 2);
     while (floats(cut) > room && cut.cols > 1) cut.cols = (cut.cols + 1) / 2;
     const int64_t line = ((cut.cols - 1) * sw + kw) * cut.channels, lines = room / line;
     if (lines > kh) cut.rows = (lines - kh) / sh + 1;

@@ -1,5 +1,5 @@
 // Factored first layers (plan/rewrite.py): y = x W_0 + (x x_s^T) D with the Gram matrix x x_s^T in double.
-#include "../simd.h"
+#include "doubles.h"
 
 namespace fastmaml {
 namespace FASTMAML_ISA {
@@ -10,15 +10,6 @@ static int64_t rows_of_extent(const Call& c, int64_t extent) {  // as enum class
 
 // The Gram matrix is large where images share a mean, and D mostly cancels it: it is made, kept and multiplied in
 // double. It is small.
-typedef double dvec __attribute__((vector_size(4 * VL)));
-typedef float hvec __attribute__((vector_size(2 * VL)));
-typedef float uhvec __attribute__((vector_size(2 * VL), aligned(4), may_alias));
-static constexpr int DL = VL / 2;
-static inline dvec load_double(const float* p) {
-    return __builtin_convertvector(hvec(*reinterpret_cast<const uhvec*>(p)), dvec);
-}
-static inline void store_float(float* p, dvec v) { *reinterpret_cast<uhvec*>(p) = __builtin_convertvector(v, hvec); }
-
 template <int R>
 static inline void dots(const float* x, const float* xs, int64_t lds, int64_t in, double* out) {
     dvec acc[R];

@@ -36,7 +36,7 @@ struct Call {
     int64_t stride(int i) const { return row_stride[i] / static_cast<int64_t>(sizeof(float)); }
 };
 
-constexpr int64_t kScratchBytes = 608 * 1024;  // of a Plan with kernels that use it: conv2d
+constexpr int64_t kScratchBytes = 608 * 1024;  // of a Plan with kernels that use it: conv2d, patches
 constexpr int64_t kSharedBytes = 64 * 1024;    // of a Plan with kernels in stages
 
 using Kernel = void (*)(const Call&);
@@ -61,6 +61,13 @@ using Kernel = void (*)(const Call&);
     K(conv2d_bwd_input_jvp)  /* dy?, w, dyt?, wt?, dxt:            the same of dyt with w, and of dy with wt */ \
     K(conv2d_bwd_weight)     /* x, dy, dw?, db?:                   dw[o, c, tap] = sum over pixels dy[o] x[c] at the tap; db = sum dy */ \
     K(conv2d_bwd_weight_jvp) /* x, dy?, xt?, dyt?, dwt?, dbt? */ \
+    /* batch statistics of a convolution of the samples (plan/patches.py): moments [2][1 + size][size], size = channels * taps in the order of \
+       the plain weight: m, then C of the patches, as a float and what it leaves of a double. sizes {channels, taps, outputs}, numbers {eps} */ \
+    K(patch_moments_fwd)     /* x, moments: of the support rows; sizes as of conv2d; whole extents, never blocks */ \
+    K(patch_stats_fwd)       /* moments, w, mean, rstd:            mean = w m, rstd = 1 / sqrt(w^T C w + eps) */ \
+    K(patch_stats_jvp)       /* moments, w, rstd, wt, meant, rstdt: meant = wt m, rstdt = -rstd^3 w^T C wt */ \
+    K(patch_stats_bwd)       /* moments, w, gamma?, rstd, s1, s2, dw: dw = -gamma rstd (s1 m + rstd s2 C w) */ \
+    K(patch_stats_bwd_jvp)   /* moments, w, gamma?, rstd, s1?, s2?, wt?, gammat?, rstdt?, s1t?, s2t?, dwt: its tangent */ \
     /* factored first layers (plan/rewrite.py): sizes {out, extent of the rows, as enum Rows}; whole extents, never blocks */ \
     K(gram_fwd)              /* x, xs, g:                          x xs^T, in double; sizes {in, extent} */ \
     K(factored_linear_fwd)   /* a, g, d, b?, y:                    y = a + g d + b */ \

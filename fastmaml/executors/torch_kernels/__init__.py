@@ -4,7 +4,7 @@ Each takes (task, attrs, *inputs) and returns its outputs. Absent operands are N
 autograd. ``task`` knows the rows of each extent and the ways. Formulas: x, w, b, y values; dx, dy gradients; a trailing t marks a tangent.
 """
 
-from fastmaml.executors.torch_kernels import activations, images, losses, norms, products, updates, weights
+from fastmaml.executors.torch_kernels import activations, images, losses, norms, patches, products, updates, weights
 from fastmaml.executors.torch_kernels.registry import KERNELS
 
-__all__ = ["KERNELS", "activations", "images", "losses", "norms", "products", "updates", "weights"]
+__all__ = ["KERNELS", "activations", "images", "losses", "norms", "patches", "products", "updates", "weights"]

@@ -4,7 +4,7 @@ A rule takes (site, attrs, inputs, outputs) and emits launches; operands are Vie
 results of a task do not depend on the batch that it is in.
 """
 
-from fastmaml.executors.triton_rules import activations, images, losses, norms, products, updates, weights
+from fastmaml.executors.triton_rules import activations, images, losses, norms, patches, products, updates, weights
 from fastmaml.executors.triton_site import RULES
 
-__all__ = ["RULES", "activations", "images", "losses", "norms", "products", "updates", "weights"]
+__all__ = ["RULES", "activations", "images", "losses", "norms", "patches", "products", "updates", "weights"]
