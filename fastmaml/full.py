@@ -46,7 +46,8 @@ def Reptile(model: nn.Module, *, inner_lr: Any = 0.02, inner_steps: int = 5, **o
 def MetaSGD(model: nn.Module, *, inner_lr: float | None = None, inner_steps: int = 1, adapt: str | list[str] = "*", **options: Any) -> MAML:
     """Meta-SGD (Li et al. 2017): a learned rate for every element of every adapted parameter, theta' = theta - alpha * gradient, in one step.
 
-    inner_lr   what all rates begin with; None: one number drawn uniformly from [0.005, 0.1] (by torch's generator), as the paper has it
+    inner_lr   what all rates begin with; None: one number for all of them, drawn uniformly from [0.005, 0.1] (by torch's generator), as in the paper's
+               experiments (section 4) and in ports of them (63days/Meta-SGD, meta.py)
 
     The rates are among ``maml.parameters()``, [shape of the parameter] each, named "inner_lr.<parameter>". Raises what MAML raises.
     """

@@ -80,12 +80,11 @@ class TNet(Parameterisation):
         return {**rates, **masked}
 
     def prologue(self, tasks: Tasks) -> Mapping[str, Tensor]:
-        masks: dict[str, Tensor] = {}
-        for name in self._shapes:
-            key = self._logits(name)
-            if key not in masks:
-                logits = tasks.parameters[f"{self.name}.{key}"]
-                masks[key] = straight_through(logits, tasks.noise(key, lambda g, shape=logits.shape: logistic(shape, g)), self.temperature)
+        logits = {key: tasks.parameters[f"{self.name}.{key}"] for key in dict.fromkeys(map(self._logits, self._shapes))}
+        joined = torch.cat([v.flatten() for v in logits.values()])  # those of all layers and tasks at once
+        noise = logistic(torch.cat([tasks.noise(key, v.shape).flatten(1) for key, v in logits.items()], 1)).to(joined.dtype)
+        parts = straight_through(joined, noise, self.temperature).split([v.numel() for v in logits.values()], 1)
+        masks = {key: part.unflatten(1, v.shape) for (key, v), part in zip(logits.items(), parts, strict=True)}
         out = {}
         for name, shape in ((n, shape) for n, shape in self._shapes.items() if n in tasks.rates):  # another of a list may have put it aside
             mask, rate = masks[self._logits(name)], tasks.rates[name]
@@ -94,9 +93,9 @@ class TNet(Parameterisation):
         return out
 
 
-def logistic(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """The difference of two Gumbel variables."""
-    u = torch.rand(tuple(shape), generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+def logistic(u: Tensor) -> Tensor:
+    """The difference of two Gumbel variables, from a uniform one."""
+    u = u.clamp(1e-12, 1 - 1e-12)
     return u.log() - (-u).log1p()
 
 
