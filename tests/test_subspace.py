@@ -88,7 +88,6 @@ def test_masks_of_all_tasks_at_once_are_those_of_each(mask: str) -> None:
     maml = methods.MTNets(mlp(), mask=mask, logit=0.8)
     parameters = {**dict(maml.model.named_parameters()), **maml.parameterisation.values()}
     rates = {n: torch.tensor(1.0) for n in NAMES}
-    tasks = [torch.empty(3, 3), torch.zeros(3, dtype=torch.int64)] * 2
 
     def made(seeds):
         tasks = fastmaml.parameterisation.Tasks([None] * len(seeds), parameters, rates, seeds, torch.empty)
