@@ -62,6 +62,8 @@ class MAML(Trained):
     Raises ValueError or TypeError naming the argument, its value and the way out.
     """
 
+    mixes = False  # whether a task has a row for each of several initialisations
+
     def __init__(
         self,
         model: nn.Module,
@@ -90,6 +92,8 @@ class MAML(Trained):
         self.first_order = options.flag("first_order", first_order)
         self.adapt_patterns = adapt
         self.parameterisation = families.made(parameterisation)
+        if self.parameterisation.name == "mixture" and not self.mixes:
+            raise ValueError(f"parameterisation={self.parameterisation.signature}: what a mixture makes of each task is fastmaml.methods.Mixture(model, components=...)")
         self.parameterisation.start(model, adapt)
         view = ModelView(model, adapt, self.parameterisation)
         self.rates = InnerRates(inner_lr, {name: view.parameters[name] for name in view.adapted}, options.flag("learn_inner_lr", learn_inner_lr))

@@ -24,6 +24,8 @@ class MixtureMAML(MAML):
     the outer loss is sum_m r_tm L_Q(phi_tm). Predictions are sum_m r_tm p(y | phi_tm), in regression sum_m r_tm f(x; phi_tm).
     """
 
+    mixes = True
+
     def __init__(self, model: nn.Module, *, components: int = 3, temperature: float = 1.0, **options: Any) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature={temperature!r}: expected a number above 0")

@@ -126,7 +126,10 @@ def check_meta_gradient(maml: Any) -> None:
         raise ValueError(f"{why} has no gradient of the inner rates: learn_inner_lr=True needs meta_gradient='unrolled'")
     left = [name for name, p in maml.named_parameters() if p.requires_grad and name not in maml.rates.rates]
     if left:
-        raise ValueError(f"{why} trains what the inner loop adapts, and adapt={maml.adapt_patterns!r} leaves out {left[0]!r}: adapt it, or freeze it (requires_grad_(False))")
+        own = left[0] in dict(maml.model.named_parameters())
+        said = f"adapt={maml.adapt_patterns!r}" if own and maml.parameterisation.takes_adapt else f"parameterisation {maml.parameterisation.signature}"
+        way = "adapt it, or freeze it (requires_grad_(False))" if own else "it needs meta_gradient='unrolled'"
+        raise ValueError(f"{why} trains what the inner loop adapts, and {said} leaves out {left[0]!r}: {way}")
     if maml.step_loss_weights is not None:
         raise ValueError(f"{why} does not look at the losses of the steps: step_loss_weights needs meta_gradient='unrolled'")
 

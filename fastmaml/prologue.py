@@ -83,4 +83,6 @@ def inputs_of(runner: Runner, parameters: Mapping[str, Tensor], batch: Any, weig
         raise ValueError(f"no linear layer reads {weight!r} as its weight: its inputs are asked for")
     buffers = {name: runner.view.model.get_buffer(name) for name in runner.buffers}
     x = batch.support_x.to(runner.view.like.dtype)
-    return evaluate(program, {**parameters, **runner.constants, **buffers}, [layer.inputs[0]], x, batch.support_sizes)[0]
+    leaves = {**parameters, **runner.constants, **buffers}
+    leaves |= {leaf.name: leaves[leaf.name][0] for leaf in program.leaves if leaf.per_step}  # of the first step
+    return evaluate(program, leaves, [layer.inputs[0]], x, batch.support_sizes)[0]

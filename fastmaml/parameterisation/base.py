@@ -117,11 +117,13 @@ class Tasks:
 class Parameterisation(nn.Module):
     """The network's parameters themselves: ``full``, and the base of all others.
 
-    name    of the family member, in ``explain()`` and in checkpoints; its leaves are called ``<name>.<leaf>``
-    kinds   of the leaves it brings
+    name          of the family member, in ``explain()`` and in checkpoints; its leaves are called ``<name>.<leaf>``
+    kinds         of the leaves it brings
+    takes_adapt   whether ``adapt=`` says which of the network's parameters are adapted, or the parameterisation itself
     """
 
     name = "full"
+    takes_adapt = True
 
     def __init__(self) -> None:
         super().__init__()

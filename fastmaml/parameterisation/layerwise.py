@@ -18,6 +18,7 @@ class Layerwise(Parameterisation):
     """
 
     name = "layerwise"
+    takes_adapt = False
 
     def __init__(self, adapt: str | Sequence[str] = "head", frozen: str | Sequence[str] | None = None) -> None:
         super().__init__()
@@ -37,6 +38,8 @@ class Layerwise(Parameterisation):
         both, trainable = adapted & frozen, {name for name, p in network.parameters.items() if p.requires_grad}
         if both:
             raise ValueError(f"{sorted(both)[0]!r} is both adapted and frozen in {self.signature}")
+        if not adapted:
+            raise ValueError(f"adapt={self.adapt!r} in {self.signature}: the model has nothing but its head, {network.head()!r}")
         if not adapted & trainable:
             raise ValueError(f"adapt={self.adapt!r} matches only parameters that do not require grad: {', '.join(sorted(adapted))}")
         return {n: Kind("const" if n in frozen or n not in trainable else "adapted" if n in adapted else "outer") for n in network.parameters}

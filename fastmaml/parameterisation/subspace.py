@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class TNet(Parameterisation):
         super().__init__()
         if mask not in MASKS:
             raise ValueError(f"mask={mask!r}: choose None, 'unit' or 'weight'")
-        if not temperature > 0:
+        if isinstance(temperature, bool) or not isinstance(temperature, Real) or not temperature > 0:
             raise ValueError(f"temperature={temperature!r}: expected a number above 0")
         self.mask, self.temperature, self.logit, self.layers = mask, float(temperature), float(logit), layers
         self.name = "t_net" if mask is None else "mt_net"
@@ -75,7 +76,7 @@ class TNet(Parameterisation):
         if self.mask is None:
             return rates
         if any(rate.per_step for rate in rates.values()):
-            raise ValueError(f"inner_lr with one rate per step and parameterisation={self.signature}: give one rate per task, layer or element")
+            raise ValueError(f"inner_lr with one rate per step and parameterisation={self.signature}, whose masks serve all steps of a task: give one rate, or one per layer or element")
         masked = {n: replace(rate, name=f"rate.{n}", shape=self._shapes[n], learned=True, home="task") for n, rate in rates.items() if n in self._shapes}
         return {**rates, **masked}
 
@@ -117,6 +118,7 @@ class LowRank(Parameterisation):
     """
 
     name = "low_rank"
+    takes_adapt = False
 
     def __init__(self, rank: int = 4, adapt: str = "both", learned: bool = True, layers: str | Sequence[str] | None = None, frozen: bool = False) -> None:
         super().__init__()
