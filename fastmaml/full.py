@@ -14,7 +14,7 @@ from fastmaml.batch import TaskBatch
 from fastmaml.maml import MAML
 from fastmaml.nn import StepBatchNorm, per_step_batchnorm, per_step_parameters
 from fastmaml.optimizers import ImplicitGradient
-from fastmaml.options import check_model, count, flag, task_seeds
+from fastmaml.options import check_model, count, flag, named, task_seeds
 
 WITH_STATISTICS = "build it with MAMLPlusPlus(model, per_step_statistics=True), or with fastmaml.nn.per_step_batchnorm(model, steps, statistics=True)"
 
@@ -57,8 +57,8 @@ def MetaSGD(model: nn.Module, *, inner_lr: float | None = None, inner_steps: int
         inner_lr = float(torch.empty(()).uniform_(0.005, 0.1))
     elif isinstance(inner_lr, bool) or not isinstance(inner_lr, (int, float)):
         raise TypeError(f"inner_lr={inner_lr!r}: MetaSGD takes one number that all rates begin with, or None")
-    parameterisation = families.made(options.pop("parameterisation", "full"))
-    parameterisation.start(check_model(model), adapt)  # it says what is adapted
+    adapt, parameterisation = named(check_model(model), adapt, "adapt"), families.made(options.pop("parameterisation", "full"))
+    parameterisation.start(model, adapt)  # it says what is adapted
     leaves, kinds = parameterisation.looked_at(model, adapt)
     rates = {name: torch.full(leaves[name].shape, float(inner_lr)) for name, kind in kinds.items() if kind.role == "adapted"}
     return MAML(model, inner_lr=rates, learn_inner_lr=True, inner_steps=inner_steps, adapt=adapt, parameterisation=parameterisation, **options)

@@ -47,6 +47,12 @@ class MixtureMAML(MAML):
         r = self.responsibilities(batch, **settings)
         return MixtureAdapted(super().adapt(self._rows(batch), **settings), r, self.loss.name)
 
+    def explain(self, tasks: Any, **settings: Any) -> str:
+        return super().explain(self._rows(TaskBatch.of(tasks)), **settings)
+
+    def memory_bytes(self, tasks: Any, **settings: Any) -> dict[str, int]:
+        return super().memory_bytes(self._rows(TaskBatch.of(tasks)), **settings)
+
     @torch.no_grad()
     def responsibilities(self, tasks: Any, **settings: Any) -> Tensor:
         """[tasks, components], from the support rows alone."""

@@ -121,8 +121,10 @@ def test_low_rank(how, adapt: str, learned: bool) -> None:
 
 
 @backends
-@pytest.mark.parametrize("basis", ["random", "learned"])
+@pytest.mark.parametrize("basis", ["random", "learned", "given"])
 def test_basis(how, basis: str) -> None:
+    if basis == "given":
+        basis = {n: torch.randn(p.numel(), 5) / 10 for n, p in mlp().named_parameters()}
     maml = methods.SubspaceMAML(mlp().to(how[1]), size=5, basis=basis, **options(how, inner_lr=3.0))
 
     def forward(w, phi, x):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -77,11 +76,11 @@ class Network:
         names = list(self.parameters) if among is None else list(among)
         given = [patterns] if isinstance(patterns, str) else patterns
         if not isinstance(given, Sequence) or not given or not all(isinstance(p, str) for p in given):
-            raise TypeError(f"{what}={patterns!r}: expected a pattern of parameter names such as 'head.*', or a list of them")
+            raise TypeError(f"{what}={patterns!r}: expected a pattern of parameter names such as 'head.*', the name of a module, or a list of them")
         for pattern in given:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(options.matches(name, pattern) for name in names):
                 raise ValueError(f"{what}={pattern!r} matches none of {', '.join(names) or 'none'}")
-        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in given)]
+        return [name for name in names if any(options.matches(name, pattern) for pattern in given)]
 
 
 @dataclass(frozen=True)
