@@ -13,7 +13,7 @@ from fastmaml.options import matches
 from fastmaml.plan import Rate
 from fastmaml.watch import ModelView
 
-HELP = "pass a number, a [steps] list or tensor, or a dict from names of parameters (patterns such as 'head.*', names of modules) to numbers or tensors"
+HELP = "pass a number, a [steps] list or tensor, or a dict from parameter names (patterns such as 'head.*', names of modules) to numbers or tensors"
 
 
 class InnerRates:

@@ -61,7 +61,7 @@ LEARNED = {
     "three modes": ("modes", "MAML", ("Mixture", "MMAML", "HSML"), 3000),
     "characters": ("omniglot", "ANIL", ("MAMLPlusPlus", "ProtoMAML"), 100),
     "a pretrained body": ("pretrained", "HeadOnly", ("MTL",), 40),
-    "embeddings": ("embeddings", "ZeroHead", ("LEO",), 300),
+    "embeddings": ("embeddings", "ZeroHead", ("LEO",), 1000),
 }
 
 
