@@ -142,7 +142,8 @@ def check_meta_gradient(maml: Any) -> None:
     left = [name for name, p in maml.named_parameters() if p.requires_grad and name not in maml.rates.rates]
     if left:
         own = left[0] in dict(maml.model.named_parameters())
-        said = f"adapt={maml.adapt_patterns!r}" if own and maml.parameterisation.takes_adapt else f"parameterisation {maml.parameterisation.signature}"
+        mine = own and left[0] not in adapted_names(maml.model, maml.adapt_patterns)
+        said = f"adapt={maml.adapt_patterns!r}" if mine else f"parameterisation {maml.parameterisation.signature}"
         way = "adapt it, or freeze it (requires_grad_(False))" if own else "it needs meta_gradient='unrolled'"
         raise ValueError(f"{why} trains what the inner loop adapts, and {said} leaves out {left[0]!r}: {way}")
     if maml.step_loss_weights is not None:

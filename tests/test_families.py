@@ -184,6 +184,7 @@ WRONG = {
     "a mixture by itself": (lambda: MAML(mlp(), parameterisation=Mixture(2)), r"is fastmaml.methods.Mixture\(model, components=...\)"),
     "reptile of T": (lambda: methods.Reptile(mlp(), parameterisation=TNet()), r"parameterisation t_net\(layers=None\) leaves out 't_net.T.0.weight': it needs meta_gradient='unrolled'"),
     "reptile of a head": (lambda: methods.Reptile(mlp(), parameterisation="anil"), r"layerwise\(adapt='head'\) leaves out '0.weight': adapt it, or freeze it"),
+    "implicit gates": (lambda: methods.iMAML(mlp(), parameterisation=Gated(encoder())), "parameterisation hsml.* leaves out '0.weight'"),
     "implicit factors": (lambda: methods.iMAML(mlp(), parameterisation=LowRank()), "low_rank.* leaves out '0.weight': adapt it, or freeze it"),
     "rates of T": (lambda: methods.TNets(mlp(), inner_lr={"t_net.T.*": 0.1, "*": 0.3}), r"'t_net.T.\*', which matches no adapted parameter; they are 0.weight"),
     "prototypes of numbers": (lambda: methods.ProtoMAML(mlp(), loss="mse")(regress()), "prototypes need class labels"),
