@@ -1,8 +1,9 @@
 """Do the methods learn what they were made for? Error or accuracy on new tasks, after the same number of meta-iterations.
 
-    python -m benchmarks.family_learning sinusoid [--iterations N] [--seed S]     # MAML, CAVIA, T-nets, MT-nets, low rank
+    python -m benchmarks.family_learning sinusoid [--iterations N] [--seed S]     # MAML, CAVIA, T-nets, MT-nets, low rank, a basis, Reptile
+    python -m benchmarks.family_learning rates                                    # T-nets and MT-nets at three inner rates, as their authors
     python -m benchmarks.family_learning modes                                    # sinusoids, lines and parabolas: one initialisation, several, modulated
-    python -m benchmarks.family_learning omniglot --data FOLDER                   # MAML, its first order, Meta-SGD, MAML++, ANIL, BOIL, ProtoMAML
+    python -m benchmarks.family_learning omniglot --data FOLDER                   # MAML, first order, iMAML, Meta-SGD, MAML++, ANIL, BOIL, FiLM, ProtoMAML
     python -m benchmarks.family_learning pretrained --data FOLDER                 # a pretrained body: its head alone, MTL
     python -m benchmarks.family_learning embeddings --data FOLDER                 # of that body: a linear classifier, LEO
 

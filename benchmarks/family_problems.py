@@ -49,10 +49,35 @@ class Sinusoids:
         "TNets": lambda: methods.TNets(mlp(), **REGRESSION),
         "MTNets": lambda: methods.MTNets(mlp(), **REGRESSION),
         "LowRankMAML, rank=4": lambda: methods.LowRankMAML(mlp(), rank=4, **REGRESSION),
+        "SubspaceMAML, size=8, learned": lambda: methods.SubspaceMAML(mlp(), size=8, basis="learned", **REGRESSION),
+        "Reptile, inner_lr=0.02": lambda: methods.Reptile(mlp(), **REGRESSION | {"inner_lr": 0.02}),
     }
 
     def source(self, split: str, seed: int) -> Any:
         return fastmaml.tasks.Sinusoid(seed=seed + 1000 * (split == "test"))  # any sinusoid is a new one
+
+
+class Rates:
+    """Lee & Choi 2018 (experiments/sine.sh of their code): sinusoids of frequencies in [0.8, 1.2], 4 tasks, one inner step, at each of three inner rates."""
+
+    tasks, measure = 4, "error"
+
+    def __init__(self) -> None:
+        def made(method: Callable[..., nn.Module], rate: float) -> Callable[[], nn.Module]:
+            return lambda: method(mlp(), **REGRESSION | {"inner_lr": rate, "inner_steps": 1})
+
+        kinds = {"MAML": MAML, "TNets": methods.TNets, "MTNets": methods.MTNets}
+        self.methods: Methods = {f"{name}, inner_lr={rate}": made(method, rate) for rate in (0.01, 0.04, 0.1) for name, method in kinds.items()}
+
+    def source(self, split: str, seed: int) -> Rates:
+        self.generator = torch.Generator().manual_seed(seed + 1000 * (split == "test"))
+        return self
+
+    def sample(self, tasks: int) -> TaskBatch:
+        amplitude, phase, frequency = (a + (b - a) * torch.rand(tasks, 1, 1, generator=self.generator) for a, b in ((0.1, 5), (0, math.pi), (0.8, 1.2)))
+        x = -5 + 10 * torch.rand(tasks, 20, 1, generator=self.generator)
+        y = amplitude * torch.sin(frequency * x - phase)
+        return TaskBatch.from_tensors(x[:, :10], y[:, :10], x[:, 10:], y[:, 10:])
 
 
 class Modes:
@@ -101,10 +126,12 @@ class Characters:
         self.methods: Methods = {
             "MAML": made(MAML),
             "FirstOrderMAML": made(methods.FirstOrderMAML),
+            "iMAML, 16 steps at 0.1": made(methods.iMAML, inner_lr=0.1, inner_steps=16),
             "MetaSGD, inner_lr=0.4": made(methods.MetaSGD),
             "MAMLPlusPlus": made(methods.MAMLPlusPlus, inner_lr=0.1),
             "ANIL": made(methods.ANIL),
             "BOIL": made(methods.BOIL),
+            "ChannelScaleShift, adapt='both', frozen=False": made(methods.ChannelScaleShift, adapt="both", frozen=False),
             "ProtoMAML, inner_lr=0.1": made(methods.ProtoMAML, inner_lr=0.1),
         }
 
@@ -192,11 +219,18 @@ def pretrain(data: Path, batches: int = 1000, seed: int = 0) -> dict[str, Tensor
 def problem(name: str, data: Path | None) -> Problem:
     """Of this name. ValueError where it needs files and there is no ``data``."""
     made = PROBLEMS[name]
-    if made in (Sinusoids, Modes):
+    if made in (Sinusoids, Rates, Modes):
         return made()
     if data is None:
         raise ValueError(f"{name} is read from files you have: --data FOLDER, with Omniglot's published zips")
     return made(data)
 
 
-PROBLEMS: dict[str, Any] = {"sinusoid": Sinusoids, "modes": Modes, "omniglot": Characters, "pretrained": Pretrained, "embeddings": Embeddings}
+PROBLEMS: dict[str, Any] = {
+    "sinusoid": Sinusoids,
+    "rates": Rates,
+    "modes": Modes,
+    "omniglot": Characters,
+    "pretrained": Pretrained,
+    "embeddings": Embeddings,
+}

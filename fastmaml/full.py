@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from fastmaml import parameterisation as families
 from fastmaml.batch import TaskBatch
 from fastmaml.maml import MAML
 from fastmaml.nn import StepBatchNorm, per_step_batchnorm, per_step_parameters
 from fastmaml.optimizers import ImplicitGradient
-from fastmaml.options import adapted_names, check_model, count, flag, task_seeds
+from fastmaml.options import check_model, count, flag, named, task_seeds
 
 WITH_STATISTICS = "build it with MAMLPlusPlus(model, per_step_statistics=True), or with fastmaml.nn.per_step_batchnorm(model, steps, statistics=True)"
 
@@ -46,7 +47,8 @@ def Reptile(model: nn.Module, *, inner_lr: Any = 0.02, inner_steps: int = 5, **o
 def MetaSGD(model: nn.Module, *, inner_lr: float | None = None, inner_steps: int = 1, adapt: str | list[str] = "*", **options: Any) -> MAML:
     """Meta-SGD (Li et al. 2017): a learned rate for every element of every adapted parameter, theta' = theta - alpha * gradient, in one step.
 
-    inner_lr   what all rates begin with; None: one number drawn uniformly from [0.005, 0.1] (by torch's generator), as the paper has it
+    inner_lr   what all rates begin with; None: one number for all of them, drawn uniformly from [0.005, 0.1] (by torch's generator), as in the paper's
+               experiments (section 4) and in ports of them (63days/Meta-SGD, meta.py)
 
     The rates are among ``maml.parameters()``, [shape of the parameter] each, named "inner_lr.<parameter>". Raises what MAML raises.
     """
@@ -55,9 +57,11 @@ def MetaSGD(model: nn.Module, *, inner_lr: float | None = None, inner_steps: int
         inner_lr = float(torch.empty(()).uniform_(0.005, 0.1))
     elif isinstance(inner_lr, bool) or not isinstance(inner_lr, (int, float)):
         raise TypeError(f"inner_lr={inner_lr!r}: MetaSGD takes one number that all rates begin with, or None")
-    parameters = dict(check_model(model).named_parameters())
-    rates = {name: torch.full(parameters[name].shape, float(inner_lr)) for name in adapted_names(model, adapt)}
-    return MAML(model, inner_lr=rates, learn_inner_lr=True, inner_steps=inner_steps, adapt=adapt, **options)
+    adapt, parameterisation = named(check_model(model), adapt, "adapt"), families.made(options.pop("parameterisation", "full"))
+    parameterisation.start(model, adapt)  # it says what is adapted
+    leaves, kinds = parameterisation.looked_at(model, adapt)
+    rates = {name: torch.full(leaves[name].shape, float(inner_lr)) for name, kind in kinds.items() if kind.role == "adapted"}
+    return MAML(model, inner_lr=rates, learn_inner_lr=True, inner_steps=inner_steps, adapt=adapt, parameterisation=parameterisation, **options)
 
 
 def iMAML(
@@ -107,7 +111,7 @@ def MAMLPlusPlus(
     per_step_norms        put a ``fastmaml.nn.StepBatchNorm`` in the place of each batch normalisation: ``model`` is changed
     per_step_statistics   with running statistics for each step, [steps, channels], which the authors' code records and never reads: normalisation is by the
                           batch, in training and evaluation. Here ``record_statistics(maml, tasks)`` records them, ``batchnorm="running"`` reads them
-    adapt                 None: everything but the affines of normalisation layers, as the authors have it
+    adapt                 None: everything but the affines of normalisation layers, as the authors have it, or what a ``parameterisation`` says
 
     Defaults: the authors' configurations (their rate 0.1 is the one that the code reads). Raises what MAML raises, and ValueError for more inner_steps in a
     call than the rates and norms have.
@@ -117,7 +121,9 @@ def MAMLPlusPlus(
         raise ValueError(f"per_step_statistics=True and per_step_norms=False: {WITH_STATISTICS}")
     if flag("per_step_norms", per_step_norms):
         per_step_batchnorm(check_model(model), steps, statistics=per_step_statistics)
-    if adapt is None:
+    if adapt is None and not families.made(options.get("parameterisation", "full")).takes_adapt:
+        adapt = "*"
+    elif adapt is None:
         norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
         affine = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
         adapt = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in affine]

@@ -71,7 +71,7 @@ class LEO(nn.Module):
             check_count(name, value)
         wrong = options.keys() - {"first_order", "backend", "on_nonfinite", "memory"}
         if wrong:
-            raise TypeError(f"LEO takes no {sorted(wrong)[0]!r}")
+            raise TypeError(f"LEO takes no {sorted(wrong)[0]!r}: of MAML's options it has first_order, backend, on_nonfinite and memory")
         self.inputs, self.ways, self.latent = inputs, ways, latent
         self.weights = {"kl": kl_weight, "encoder": encoder_weight, "l2": l2, "orthogonality": orthogonality}
         self.dropout = nn.Dropout(dropout)
@@ -137,6 +137,11 @@ class LEO(nn.Module):
         start = self.first.forward(self._identity(batch), outer_loss=lambda outputs, _: outputs.sum()).logits.transpose(1, 2)
         self._give_second(start.contiguous(), len(batch))
         return self.second.adapt(batch).weights["start.weight"]
+
+    def explain(self, tasks: Any) -> str:
+        """The Plans of both inner loops in words, as ``MAML.explain``."""
+        batch = self._batch(tasks)
+        return f"latent steps\n\n{self.first.explain(self._identity(batch), entry='halves')}\n\nweight steps\n\n{self.second.explain(batch)}"
 
     # ------------------------------------------------------------------------------------------------- pieces
     def _batch(self, tasks: Any) -> TaskBatch:

@@ -41,12 +41,12 @@ class MAML(Trained):
     """Model-agnostic meta-learning (Finn et al. 2017) over ``model``, second order unless told otherwise.
 
     model               any nn.Module taking [n, ...] and returning [n, outputs]; its own parameters are trained
-    inner_lr            a number | [steps] | {name pattern: number, [steps] or tensor of the parameter's shape}
+    inner_lr            a number | [steps] | {name pattern: number, [steps] or tensor of the parameter's shape}; under a module's name one rate for all in it
     inner_steps         K, from 0 to hundreds: activation memory does not grow with it
     loss, reduction     "cross_entropy" | "mse" | nn.CrossEntropyLoss(...) | nn.MSELoss(...); "mean" | "sum" | divisor (cbfinn: the shots)
     first_order         drop the Hessian-vector products (FOMAML)
     meta_gradient       "unrolled" (through the inner steps) | "reptile" (theta - theta_K) | ``fastmaml.ImplicitGradient(lam=2.0, cg_steps=5)`` (iMAML)
-    adapt               name pattern(s) of the parameters that the inner loop changes; other trainable ones are outer-learned only
+    adapt               name pattern(s), or module(s), of the parameters that the inner loop changes; other trainable ones are outer-learned only
     learn_inner_lr      make the rates parameters (Meta-SGD, LSLR), in the shape in which inner_lr is given
     inner_optimizer     what turns gradients into steps, besides inner_lr: ``fastmaml.SGD(momentum=0.9, weight_decay=1e-4, max_norm=10.0)``; plain by default
     step_loss_weights   multi-step loss (MAML++): one weight per inner step, or one more in front for the loss before it
@@ -62,6 +62,8 @@ class MAML(Trained):
     Raises ValueError or TypeError naming the argument, its value and the way out.
     """
 
+    mixes = False  # whether a task has a row for each of several initialisations
+
     def __init__(
         self,
         model: nn.Module,
@@ -72,7 +74,7 @@ class MAML(Trained):
         reduction: str | float = "mean",
         first_order: bool = False,
         meta_gradient: str | ImplicitGradient = "unrolled",
-        adapt: str | list[str] = "*",
+        adapt: Any = "*",
         learn_inner_lr: bool = False,
         inner_optimizer: SGD | None = None,
         step_loss_weights: Any = None,
@@ -88,8 +90,10 @@ class MAML(Trained):
         self.inner_steps = options.count("inner_steps", inner_steps, 0)
         self.loss, self.class_weight = options.parse_loss(loss, reduction)
         self.first_order = options.flag("first_order", first_order)
-        self.adapt_patterns = adapt
+        self.adapt_patterns = adapt = options.named(model, adapt, "adapt")
         self.parameterisation = families.made(parameterisation)
+        if self.parameterisation.name == "mixture" and not self.mixes:
+            raise ValueError(f"parameterisation={self.parameterisation.signature}: what a mixture makes of each task is fastmaml.methods.Mixture(model, components=...)")
         self.parameterisation.start(model, adapt)
         view = ModelView(model, adapt, self.parameterisation)
         self.rates = InnerRates(inner_lr, {name: view.parameters[name] for name in view.adapted}, options.flag("learn_inner_lr", learn_inner_lr))

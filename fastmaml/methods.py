@@ -16,6 +16,7 @@ from fastmaml.leo import LEO
 from fastmaml.maml import MAML
 from fastmaml.mixture import MixtureMAML
 from fastmaml.parameterisation import Basis, Context, Gated, Head, Layerwise, LowRank, Modulation, ScaleShift, TNet
+from fastmaml.parameterisation.layerwise import Which
 
 __all__ = [
     "ANIL",
@@ -46,17 +47,20 @@ __all__ = [
 Patterns = str | Sequence[str]
 
 
-def ANIL(model: nn.Module, *, head: Patterns = "head", **options: Any) -> MAML:
-    """Almost No Inner Loop (Raghu et al. 2020): the inner loop changes the head alone; the body is outer-learned and runs once per task."""
+def ANIL(model: nn.Module, *, head: Which = "head", **options: Any) -> MAML:
+    """Almost No Inner Loop (Raghu et al. 2020): the inner loop changes the head alone; the body is outer-learned and runs once per task.
+
+    head   the last Linear layer, or name pattern(s), or module(s) of the model, by name or themselves
+    """
     return MAML(model, parameterisation=Layerwise(head), **options)
 
 
-def BOIL(model: nn.Module, *, body: Patterns = "body", **options: Any) -> MAML:
+def BOIL(model: nn.Module, *, body: Which = "body", **options: Any) -> MAML:
     """Body Only update in Inner Loop (Oh et al. 2021): the inner loop changes all but the head, which is outer-learned."""
     return MAML(model, parameterisation=Layerwise(body), **options)
 
 
-def HeadOnly(model: nn.Module, *, head: Patterns = "head", body: Patterns = "body", **options: Any) -> MAML:
+def HeadOnly(model: nn.Module, *, head: Which = "head", body: Which = "body", **options: Any) -> MAML:
     """A head that is adapted and outer-learned over features that nobody trains."""
     return MAML(model, parameterisation=Layerwise(head, frozen=body), **options)
 

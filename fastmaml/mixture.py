@@ -24,6 +24,8 @@ class MixtureMAML(MAML):
     the outer loss is sum_m r_tm L_Q(phi_tm). Predictions are sum_m r_tm p(y | phi_tm), in regression sum_m r_tm f(x; phi_tm).
     """
 
+    mixes = True
+
     def __init__(self, model: nn.Module, *, components: int = 3, temperature: float = 1.0, **options: Any) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature={temperature!r}: expected a number above 0")
@@ -44,6 +46,12 @@ class MixtureMAML(MAML):
         batch = checks.support_batch(support_x, support_y, ways)
         r = self.responsibilities(batch, **settings)
         return MixtureAdapted(super().adapt(self._rows(batch), **settings), r, self.loss.name)
+
+    def explain(self, tasks: Any, **settings: Any) -> str:
+        return super().explain(self._rows(TaskBatch.of(tasks)), **settings)
+
+    def memory_bytes(self, tasks: Any, **settings: Any) -> dict[str, int]:
+        return super().memory_bytes(self._rows(TaskBatch.of(tasks)), **settings)
 
     @torch.no_grad()
     def responsibilities(self, tasks: Any, **settings: Any) -> Tensor:

@@ -77,19 +77,34 @@ def check_optimizer(optimizer: object) -> SGD:
     return optimizer
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether a parameter is meant: by its name, a pattern of names, or the name of a module that it lies in."""
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+
+
+def named(model: nn.Module, given: object, what: str) -> Any:
+    """``given``, patterns of parameter names, with names in the place of modules of the model."""
+    if isinstance(given, nn.Module):
+        name = next((n for n, module in model.named_modules() if module is given), None)
+        if name is None:
+            raise ValueError(f"{what} has a {type(given).__name__} that is no module of the model")
+        return name or "*"
+    return [named(model, one, what) for one in given] if isinstance(given, (list, tuple)) else given
+
+
 def adapted_names(model: nn.Module, adapt: object) -> list[str]:
     """Names of the trainable parameters that match one of the patterns."""
     patterns = [adapt] if isinstance(adapt, str) else adapt
     if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"adapt={adapt!r}: expected a pattern of parameter names such as 'head.*', or a list of them")
+        raise TypeError(f"adapt={adapt!r}: expected a pattern of parameter names such as 'head.*', a module of the model, or a list of them")
     per_step = per_step_parameters(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad and name not in per_step]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in trainable):
-            frozen = [name for name, p in model.named_parameters() if not p.requires_grad and fnmatchcase(name, pattern)]
+        if not any(matches(name, pattern) for name in trainable):
+            frozen = [name for name, p in model.named_parameters() if not p.requires_grad and matches(name, pattern)]
             why = f"it matches only {frozen[0]!r}, which does not require grad" if frozen else f"the trainable parameters are {', '.join(trainable) or 'none'}"
             raise ValueError(f"adapt={pattern!r} matches no trainable parameter: {why}")
-    return [name for name in trainable if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in trainable if any(matches(name, pattern) for pattern in patterns)]
 
 
 def check_model(model: object) -> nn.Module:
@@ -126,7 +141,11 @@ def check_meta_gradient(maml: Any) -> None:
         raise ValueError(f"{why} has no gradient of the inner rates: learn_inner_lr=True needs meta_gradient='unrolled'")
     left = [name for name, p in maml.named_parameters() if p.requires_grad and name not in maml.rates.rates]
     if left:
-        raise ValueError(f"{why} trains what the inner loop adapts, and adapt={maml.adapt_patterns!r} leaves out {left[0]!r}: adapt it, or freeze it (requires_grad_(False))")
+        own = left[0] in dict(maml.model.named_parameters())
+        mine = own and left[0] not in adapted_names(maml.model, maml.adapt_patterns)
+        said = f"adapt={maml.adapt_patterns!r}" if mine else f"parameterisation {maml.parameterisation.signature}"
+        way = "adapt it, or freeze it (requires_grad_(False))" if own else "it needs meta_gradient='unrolled'"
+        raise ValueError(f"{why} trains what the inner loop adapts, and {said} leaves out {left[0]!r}: {way}")
     if maml.step_loss_weights is not None:
         raise ValueError(f"{why} does not look at the losses of the steps: step_loss_weights needs meta_gradient='unrolled'")
 

@@ -26,7 +26,7 @@ class Prologue:
         given = {**view.parameters, **{name: v for name, v in leaves.items() if name in view.parameters}}
         named = {name: rates[rate.name] for name, rate in runner.given_rates.items()}
         with torch.set_grad_enabled(train):
-            made = dict(view.parameterisation.prologue(Tasks(batch, given, named, seeds, lambda t, weight: inputs_of(runner, given, batch, t, weight))))
+            made = dict(view.parameterisation.prologue(Tasks(batch, given, named, seeds, lambda weight: inputs_of(runner, given, batch, weight))))
         self.penalty: Tensor | None = made.pop(PENALTY, None)
         if self.penalty is not None and tuple(self.penalty.shape) != (len(batch),):
             raise ValueError(f"the prologue of {view.parameterisation.signature} gives a penalty in shape {list(self.penalty.shape)}: expected [{len(batch)}]")
@@ -49,8 +49,9 @@ class Prologue:
 
     @staticmethod
     def _weights(call: Call, like: Tensor) -> Tensor:
-        weights = [call.task_weight(t) for t in range(len(call.batch))]
-        return torch.tensor(weights, dtype=like.dtype, device=like.device)
+        if call.task_weights is not None:
+            return call.task_weights.to(like)
+        return torch.full((len(call.batch),), call.task_weight(0), dtype=like.dtype, device=like.device)
 
     def pull_back(self, results: Results, call: Call, parameters: Sequence[Tensor], penalty: bool) -> list[Tensor | None]:
         """The share of the parameters' gradients that flows through the leaves of the tasks, and through the ``penalty`` where it is asked for. A task that
@@ -63,16 +64,16 @@ class Prologue:
             g = results.values.get(f"grad.{name}")
             if g is not None and value.requires_grad:
                 w = self._weights(call, g).view(-1, *[1] * (g.dim() - 1))
-                finite = results.finite.to(g.device).view_as(w)
+                g = w * g if results.all_finite else torch.where(results.finite.to(g.device).view_as(w), w * g, 0.0)
                 outputs.append(value)
-                cotangents.append(torch.where(finite, w * g, 0.0).reshape(value.shape))
+                cotangents.append(g.reshape(value.shape))
         if not outputs:
             return [None] * len(parameters)
         return list(torch.autograd.grad(outputs, list(parameters), cotangents, allow_unused=True, retain_graph=True))
 
 
-def inputs_of(runner: Runner, parameters: Mapping[str, Tensor], batch: Any, t: int, weight: str) -> Tensor:
-    """What the layer with this weight reads of the support rows of task t, at theta_0."""
+def inputs_of(runner: Runner, parameters: Mapping[str, Tensor], batch: Any, weight: str) -> Tensor:
+    """What the layer with this weight reads of the support rows of all tasks, [sum n, ...], at theta_0."""
     program = runner.program
     if runner.opaque:
         raise ValueError(f"the inputs of the layer of {weight!r} are asked for, but the model cannot be traced")
@@ -81,5 +82,7 @@ def inputs_of(runner: Runner, parameters: Mapping[str, Tensor], batch: Any, t: i
     if layer is None:
         raise ValueError(f"no linear layer reads {weight!r} as its weight: its inputs are asked for")
     buffers = {name: runner.view.model.get_buffer(name) for name in runner.buffers}
-    x = batch.task(t)[0].to(runner.view.like.dtype)
-    return evaluate(program, {**parameters, **runner.constants, **buffers}, [layer.inputs[0]], x)[0]
+    x = batch.support_x.to(runner.view.like.dtype)
+    leaves = {**parameters, **runner.constants, **buffers}
+    leaves |= {leaf.name: leaves[leaf.name][0] for leaf in program.leaves if leaf.per_step}  # of the first step
+    return evaluate(program, leaves, [layer.inputs[0]], x, batch.support_sizes)[0]

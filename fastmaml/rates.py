@@ -9,18 +9,20 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
+from fastmaml.options import matches
 from fastmaml.plan import Rate
 from fastmaml.watch import ModelView
 
-HELP = "pass a number, a [steps] list or tensor, or a dict from parameter names (or patterns such as 'head.*') to numbers or tensors"
+HELP = "pass a number, a [steps] list or tensor, or a dict from parameter names (patterns such as 'head.*', names of modules) to numbers or tensors"
 
 
 class InnerRates:
     """The rates of the adapted parameters.
 
     ``inner_lr``: a number (one for all) | [steps] numbers (one per step) | {name pattern: value}, where a value is a number, a list or tensor [steps], a
-    tensor of the parameter's shape (per element; a list is always one per step) or [steps, *shape]. With ``learn`` they become parameters (Meta-SGD: Li
-    et al. 2017; LSLR: Antoniou et al. 2019).
+    tensor of the parameter's shape (per element; a list is always one per step) or [steps, *shape]. Under the name of a module all parameters in it have
+    one rate, [] or [steps], together; under any other pattern each has its own. With ``learn`` they become parameters (Meta-SGD: Li et al. 2017; LSLR:
+    Antoniou et al. 2019).
 
     values   the tensors, by rate name
     rates    the Rate of each adapted parameter, by its name
@@ -40,7 +42,7 @@ class InnerRates:
 
     def bind(self, adapted: Mapping[str, Tensor]) -> None:
         """For these parameters, in their dtype and on their device. Learned rates stay the same objects."""
-        unused = [p for p in self.given if not any(fnmatchcase(name, p) for name in adapted)]
+        unused = [p for p in self.given if not any(matches(name, p) for name in adapted)]
         if unused:
             raise ValueError(f"inner_lr has {unused[0]!r}, which matches no adapted parameter; they are {', '.join(adapted)}")
         values: dict[str, Tensor] = {}
@@ -48,8 +50,11 @@ class InnerRates:
         for name, parameter in adapted.items():
             pattern = self._pattern(name)
             given = self.given[pattern]
-            key = "inner_lr" if self.shared else f"inner_lr.{name}"
-            per_element, per_step = (False, given.dim() == 1) if self.shared else _form(given, pattern in self.listed, parameter, name)
+            together = not fnmatchcase(name, pattern)  # a module
+            key = "inner_lr" if self.shared else f"inner_lr.{pattern if together else name}"
+            if together and given.dim() > 1:
+                raise ValueError(f"inner_lr has shape {list(given.shape)} for the module {pattern!r}, all of whose parameters it serves: expected a number or [steps]")
+            per_element, per_step = (False, given.dim() == 1) if self.shared or together else _form(given, pattern in self.listed, parameter, name)
             rates[name] = Rate(key, tuple(parameter.shape) if per_element else (), per_step, self.learn)
             if key not in values:
                 values[key] = self._value(key, given, parameter)
@@ -60,7 +65,7 @@ class InnerRates:
 
     def _pattern(self, name: str) -> str:
         """The one that fits best: the name itself, else the longest."""
-        found = [p for p in self.given if fnmatchcase(name, p)]
+        found = [p for p in self.given if matches(name, p)]
         if not found:
             raise ValueError(f"inner_lr names no rate for the adapted parameter {name!r}: add it, or a '*' entry")
         return max(found, key=lambda p: (p == name, len(p.replace("*", ""))))

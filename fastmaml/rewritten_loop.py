@@ -35,7 +35,7 @@ class RewrittenLoop(PlainLoop):
         if self.maml.parameterisation.has_prologue:
             one, values = self.batch.select([t]), self.maml.rates.tensors(self.steps)
             rates = {name: values[rate.name] for name, rate in self.maml.rates.rates.items()}
-            tasks = Tasks(one, self.parameters, rates, [self.seeds[t]], lambda i, weight: inputs_of(runner, self.parameters, one, i, weight))
+            tasks = Tasks(one, self.parameters, rates, [self.seeds[t]], lambda weight: inputs_of(runner, self.parameters, one, weight))
             found = dict(self.maml.parameterisation.prologue(tasks))
             self.penalty = found.pop(PENALTY)[0] if PENALTY in found else 0.0
             made = {name: found[name][0] for name in runner.own}

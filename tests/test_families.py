@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import small_conv
 from helpers_families import IMAGES, OPTIONS, encoder, grads, moved
-from plain_loop import classify, mlp, one_thread, ragged  # noqa: F401
+from plain_loop import classify, mlp, one_thread, ragged, regress  # noqa: F401
 from torch import nn
 
 import fastmaml
@@ -23,9 +23,11 @@ from fastmaml.parameterisation import (
     Head,
     Layerwise,
     LowRank,
+    Mixture,
     Modulation,
     Parameterisation,
     ScaleShift,
+    SetEncoder,
     TNet,
 )
 
@@ -172,10 +174,26 @@ WRONG = {
     "context": (lambda: methods.CAVIA(small_conv()), "a first layer that is a Linear"),
     "mask": (lambda: TNet("units"), "mask='units': choose None"),
     "temperature": (lambda: TNet("unit", temperature=0), "expected a number above 0"),
+    "temperature in words": (lambda: TNet("unit", temperature="hot"), "temperature='hot': expected a number above 0"),
+    "clusters": (lambda: methods.HSML(mlp(), encoder(), clusters=4), "clusters=4: expected two whole numbers"),
+    "one level": (lambda: methods.HSML(mlp(), encoder(), clusters=(4,)), r"clusters=\(4,\): expected two whole numbers"),
+    "encoder of others": (lambda: methods.MMAML(mlp(), SetEncoder(5, 4))(classify()), "rows have 3 numbers and 4 targets: this SetEncoder was built with inputs=5, targets=4"),
+    "encoder's classes": (lambda: methods.MMAML(mlp(), SetEncoder(3, 2))(classify()), "a label is 3: this SetEncoder was built for targets=2 classes"),
+    "encoder's size": (lambda: methods.MMAML(mlp(), nn.Linear(3, 4)), "size=None: expected the number of features"),
+    "body of a head": (lambda: methods.BOIL(nn.Linear(3, 4)), "the model has nothing but its head, 'weight'"),
+    "a mixture by itself": (lambda: MAML(mlp(), parameterisation=Mixture(2)), r"is fastmaml.methods.Mixture\(model, components=...\)"),
+    "reptile of T": (lambda: methods.Reptile(mlp(), parameterisation=TNet()), r"parameterisation t_net\(layers=None\) leaves out 't_net.T.0.weight': it needs meta_gradient='unrolled'"),
+    "reptile of a head": (lambda: methods.Reptile(mlp(), parameterisation="anil"), r"layerwise\(adapt='head'\) leaves out '0.weight': adapt it, or freeze it"),
+    "implicit gates": (lambda: methods.iMAML(mlp(), parameterisation=Gated(encoder())), "parameterisation hsml.* leaves out '0.weight'"),
+    "implicit factors": (lambda: methods.iMAML(mlp(), parameterisation=LowRank()), "low_rank.* leaves out '0.weight': adapt it, or freeze it"),
+    "rates of T": (lambda: methods.TNets(mlp(), inner_lr={"t_net.T.*": 0.1, "*": 0.3}), r"'t_net.T.\*', which matches no adapted parameter; they are 0.weight"),
+    "prototypes of numbers": (lambda: methods.ProtoMAML(mlp(), loss="mse")(regress()), "prototypes need class labels"),
+    "layers": (lambda: methods.MTL(mlp(), layers="conv*"), r"layers='conv\*' matches none of 0.weight, 2.weight, 4.weight"),
+    "norms for each step": (lambda: methods.MAMLPlusPlus(small_conv(), parameterisation="boil")(classify(**IMAGES)), "has a value per inner step and cannot be adapted"),
     "rank": (lambda: LowRank(0), "rank=0: expected a whole number"),
     "basis": (lambda: methods.SubspaceMAML(mlp(), basis="pca"), "basis='pca': choose 'random'"),
     "basis shape": (lambda: methods.SubspaceMAML(mlp(), basis={"0.weight": torch.ones(3, 8)}), r"basis\['0.weight'\] has shape \[3, 8\]: expected \[24, 8\]"),
-    "rates per step": (lambda: methods.MTNets(mlp(), inner_lr=[0.1])(classify()), "one rate per task, layer or element"),
+    "rates per step": (lambda: methods.MTNets(mlp(), inner_lr=[0.1])(classify()), "whose masks serve all steps of a task: give one rate, or one per layer or element"),
     "given here": (lambda: fastmaml.functional.adapt(mlp(), dict(mlp().named_parameters()), *classify()[:2], parameterisation=LowRank()), "use fastmaml.MAML"),
     "film": (lambda: methods.ChannelScaleShift(twice(), layers="0.weight")(classify(shape=(4,))), "2 layers read it as their weight"),
 }

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import family_learning
 from benchmarks import family_problems as problems
+from fastmaml.training.evaluate import mean_and_interval
 
 ROOT = Path(__file__).parent.parent
 PLACES = [os.environ.get("FASTMAML_OMNIGLOT"), ROOT.parent / "shared/data/omniglot"]
@@ -51,3 +52,34 @@ def test_characters(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert (getattr(maml, "step_loss_weights", None) is not None) == (method == "MAMLPlusPlus"), "its schedule, and nobody else's"
         accuracy = family_learning.on_new_tasks(on, maml, seed=0)
         assert accuracy.shape == (family_learning.AT_ONCE,) and 0 <= float(accuracy.mean()) <= 1
+
+
+# problem, what is worse there, what was made for it, meta-iterations (fewer than in docs/methods.md, which has the numbers)
+LEARNED = {
+    "sinusoids": ("sinusoid", "MAML", ("CAVIA", "TNets", "MTNets", "LowRankMAML", "SubspaceMAML"), 1500),
+    "a large inner rate": ("rates", "MAML, inner_lr=0.1", ("TNets, inner_lr=0.1", "MTNets, inner_lr=0.1"), 5000),
+    "three modes": ("modes", "MAML", ("Mixture", "MMAML", "HSML"), 3000),
+    "characters": ("omniglot", "ANIL", ("MAMLPlusPlus", "ProtoMAML"), 100),
+    "a pretrained body": ("pretrained", "HeadOnly", ("MTL",), 40),
+    "embeddings": ("embeddings", "ZeroHead", ("LEO",), 1000),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNED)
+def test_it_learns_what_it_was_made_for(name: str) -> None:
+    """Better on new tasks than what it is held against, by more than the interval of the pairs."""
+    problem, worse, better, iterations = LEARNED[name]
+    if problem in ("omniglot", "pretrained", "embeddings") and REAL is None:
+        pytest.skip("no Omniglot here: set FASTMAML_OMNIGLOT to a folder with its zips")
+    on = problems.problem(problem, REAL)
+    found = {}
+    for method in (m for m in on.methods if m.startswith((worse, *better))):
+        torch.manual_seed(0)
+        maml = on.methods[method]()
+        family_learning.train(on, method, maml, iterations, seed=0)
+        found[method] = family_learning.on_new_tasks(on, maml, seed=0)
+    assert len(found) == 1 + len(better)
+    for method in (m for m in found if m.startswith(better)):
+        gain, half = mean_and_interval((found[method] - found[worse]) * (-1 if on.measure == "error" else 1))
+        assert gain > half, f"{method}: {gain:+.3f} ± {half:.3f}"

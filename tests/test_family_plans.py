@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from families import small_conv
 from plain_loop import classify, mlp
 
+from benchmarks import families as benchmark
 from fastmaml import MAML, TaskBatch, methods
 from fastmaml.parameterisation import Layerwise, SetEncoder, TNet
 from fastmaml.plan.costs import costs
@@ -123,3 +125,22 @@ def test_zero_head_has_no_gradient_of_where_it_begins() -> None:
 def test_layerwise_counts_are_those_of_adapt() -> None:
     batch = images()
     assert costs(MAML(small_conv(), parameterisation=Layerwise("8.*")).plan(batch), batch) == costs(MAML(small_conv(), adapt="8.*").plan(batch), batch)
+
+
+@pytest.mark.parametrize("problem", [benchmark.convolutional, benchmark.sinusoids])
+def test_the_tables_of_what_the_families_cost(problem) -> None:
+    """docs/methods.md: instructions and FLOPs of every family, counted again."""
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    title, batch, rows = problem()
+    full, section = rows[0][1](), text.partition(f"**{title}**")[2].partition("\n\n**")[0]
+    wrong = [line for name, make in rows if (line := f"| {name} | {' | '.join(benchmark.counted(make(), full, batch))} |") not in section]
+    assert not wrong, "counted, and not so in docs/methods.md:\n" + "\n".join(wrong)
+
+
+def test_a_mixture_is_as_many_tasks() -> None:
+    """A row for each component of each task, in one batch: the FLOPs of that many tasks of MAML, and not one instruction more for a second component."""
+    batch = TaskBatch.of(classify(4))
+    one, three = (methods.Mixture(mlp(), components=m, inner_steps=3) for m in (1, 3))
+    assert one.plan(one._rows(batch)).count() == three.plan(three._rows(batch)).count()
+    assert products(three, three._rows(batch)) == 3 * products(one, batch)
+    assert products(one, batch) == products(MAML(mlp(), inner_steps=3), batch)

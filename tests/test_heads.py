@@ -53,14 +53,15 @@ def test_proto_maml(how, body: str, even: bool) -> None:
 
 
 @backends
-def test_prototypes_through_batch_norm_and_pooling(how) -> None:
-    """The body's features at theta_0, with the statistics of the support rows of one task. (Small steps: at 0.05 rounding grows to 1e-5 here.)"""
-    maml, tasks = methods.ProtoMAML(small_conv().to(how[1]), **options(how, inner_lr=0.01)), classify(**IMAGES)
-    body = [n for n, _ in maml.named_parameters()]
+@pytest.mark.parametrize("even", [True, False])
+def test_prototypes_through_batch_norm_and_pooling(how, even: bool) -> None:
+    """The body's features at theta_0 of all tasks at once, with the statistics of the support rows of each. (Small steps: at 0.05 rounding grows to 1e-5 here.)"""
+    maml, tasks = methods.ProtoMAML(small_conv().to(how[1]), **options(how, inner_lr=0.01)), classify(**IMAGES) if even else ragged(shape=(2, 6, 6))
+    body, batch = [n for n, _ in maml.named_parameters()], fastmaml.TaskBatch.of(tasks)
 
     def start(w, t):
         eye = {"8.weight": torch.eye(45, dtype=torch.float64), "8.bias": torch.zeros(45, dtype=torch.float64)}
-        f, y = families.conv({**w, **eye}, tasks[0][t].double()), tasks[1][t]
+        f, y = families.conv({**w, **eye}, batch.task(t)[0].double()), batch.task(t)[1]
         c = torch.stack([f[y == n].mean(0) if (y == n).any() else torch.zeros(45, dtype=torch.float64) for n in range(4)])
         return {**{n: w[n] for n in body}, "proto_head.8.weight": 2 * c, "proto_head.8.bias": -(c**2).sum(1)}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import families
 import pytest
 import torch
@@ -41,6 +43,38 @@ def test_layerwise_by_pattern_and_constructor() -> None:
     assert "parameterisation layerwise(adapt='4.*'): adapted: 4.weight, 4.bias; outer-learned only: 0.weight" in maml.explain(tasks)
     assert "constant: 0.weight" in methods.HeadOnly(mlp()).explain(tasks)
     assert methods.BOIL(mlp(), **OPTIONS).verify(classify()).ok and methods.HeadOnly(mlp(), **OPTIONS).verify(classify()).ok
+
+
+def test_layerwise_by_module() -> None:
+    """A module of the model, itself or by its name, stands for all parameters in it."""
+    tasks, expected = classify(), plain_loop(mlp(), classify(), lr=0.3, steps=3, adapt="[04].*").gradients
+    for which in (lambda net: ["0", "4"], lambda net: [net[0], "4.*"], lambda net: (net[0], net[4])):
+        net, other = mlp(), mlp()
+        for maml in (methods.ANIL(net, head=which(net), **OPTIONS), MAML(other, adapt=which(other), **OPTIONS)):
+            assert sorted(maml.adapt(*tasks[:2]).weights) == ["0.bias", "0.weight", "4.bias", "4.weight"]
+            maml.meta_grad(tasks)
+            assert families.distance(grads(maml), expected) <= 3e-6
+            again = copy.deepcopy(maml)
+            assert torch.equal(again(tasks).loss, maml(tasks).loss)
+    net = mlp()
+    frozen = MAML(net, parameterisation=Layerwise(net[4], frozen=net[0]), **OPTIONS)
+    assert sorted(n for n, _ in frozen.named_parameters()) == ["2.bias", "2.weight", "4.bias", "4.weight"]
+    assert frozen.parameterisation.signature == "layerwise(adapt=['4'], frozen=['0'])"
+    for wrong in (lambda: methods.ANIL(mlp(), head=nn.Linear(8, 4)), lambda: MAML(mlp(), adapt=nn.Linear(8, 4))):
+        with pytest.raises(ValueError, match="adapt has a Linear that is no module of the model"):
+            wrong()
+    with pytest.raises(ValueError, match="adapt='conv' matches none of 0.weight"):
+        methods.ANIL(mlp(), head="conv")
+
+
+def test_a_rate_for_each_layer() -> None:
+    """Under a module's name weight and bias have one rate, and a learned one is one number."""
+    maml = MAML(mlp(), inner_lr={"0": 0.1, "2": [0.2, 0.1], "4.*": 0.3}, learn_inner_lr=True, inner_steps=2)
+    assert {n: tuple(r.shape) for n, r in maml.rates.learned()} == {"inner_lr.0": (), "inner_lr.2": (2,), "inner_lr.4.weight": (), "inner_lr.4.bias": ()}
+    with pytest.raises(ValueError, match=r"inner_lr has shape \[8, 3\] for the module '0'"):
+        MAML(mlp(), inner_lr={"0": torch.ones(8, 3), "*": 0.1})
+    with pytest.raises(ValueError, match="inner_lr has '1', which matches no adapted parameter"):
+        MAML(mlp(), inner_lr={"1": 0.1, "*": 0.1})
 
 
 def test_functions_of_a_dict() -> None:

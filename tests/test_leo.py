@@ -115,12 +115,17 @@ def test_state_and_copies() -> None:
     assert sorted(n for n, _ in leo.named_parameters()) == sorted([*(f"relation.{k}.weight" for k in (0, 2, 4)), "encoder.weight", "decoder", "latent_lr", "weight_lr"])
 
 
+def test_explained() -> None:
+    said = made().explain(tasks_of())
+    assert said.index("parameterisation latent(size=4)") < said.index("weight steps") < said.index("parameterisation start")
+
+
 def test_wrong() -> None:
     with pytest.raises(ValueError, match=r"LEO was built for embeddings \[12\]"):
         made()(classify(shape=(5,)))
     with pytest.raises(ValueError, match="a class has no support row"):
         made()((torch.randn(2, 6, DIM).double(), torch.zeros(2, 6, dtype=torch.int64), *tasks_of()[2:]))
-    with pytest.raises(TypeError, match="LEO takes no 'inner_lr'"):
+    with pytest.raises(TypeError, match="LEO takes no 'inner_lr': of MAML's options it has first_order"):
         methods.LEO(inner_lr=0.1)
     with pytest.raises(ValueError, match="latent_steps=0"):
         methods.LEO(latent_steps=0)

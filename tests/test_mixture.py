@@ -12,7 +12,7 @@ from plain_loop import classify, mlp, one_thread, regress  # noqa: F401
 from test_maml import BOUND
 from torch import nn
 
-from fastmaml import methods
+from fastmaml import TaskBatch, methods
 from fastmaml.parameterisation import SetEncoder
 
 
@@ -213,6 +213,19 @@ def test_mixture(how, loss: str) -> None:
     if loss == "cross_entropy":
         right = torch.stack([z.argmax(1) == y for z, y in zip(predictions, tasks[3], strict=True)]).float().mean(1)
         torch.testing.assert_close(out.task_accuracy, right, check_dtype=False)
+
+
+def test_mixture_explained_and_kept() -> None:
+    """A row for each component: so many tasks, and a state of its own."""
+    maml, tasks = methods.Mixture(mlp(), components=2), classify()
+    assert maml.explain(tasks).startswith("parameterisation mixture(components=2): adapted: mixture.0.weight")
+    assert maml.explain(tasks) == super(type(maml), maml).explain(TaskBatch.of([v.repeat_interleave(2, 0) for v in tasks]))
+    assert maml.memory_bytes(tasks).keys() == methods.ANIL(mlp()).memory_bytes(tasks).keys()
+    other = methods.Mixture(mlp(), components=2)
+    other.load_state_dict(maml.state_dict())
+    assert torch.equal(other(tasks).loss, maml(tasks).loss)
+    with pytest.raises(RuntimeError, match=r"saved with parameterisation mixture\(components=2\), this object has mixture\(components=3\)"):
+        methods.Mixture(mlp(), components=3).load_state_dict(maml.state_dict())
 
 
 def test_mixture_says_no() -> None:

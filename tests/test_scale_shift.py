@@ -38,6 +38,18 @@ def test_mtl(how, adapt: str) -> None:
 
 
 @backends
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("adapt", ["head", "scale_shift", "both"])
+def test_scales_of_the_head_too(how, adapt: str, steps: int) -> None:
+    """The head's bias and its shift are terms of one sum: they have one gradient, and each its own step."""
+    maml = methods.MTL(mlp().to(how[1]), adapt=adapt, layers="*.weight", **options(how, inner_steps=steps))
+    moved(maml)
+    own, head = list(maml.parameterisation.kinds), ["4.weight", "4.bias"]
+    names = {"head": head, "scale_shift": own, "both": [*head, *own]}[adapt]
+    agrees(maml, classify(), lambda w, phi, x: families.mlp(scaled({**w, **phi}, {}, True), x), lambda w, t: {n: w[n] for n in names}, steps=steps)
+
+
+@backends
 @pytest.mark.parametrize(("adapt", "frozen"), [("scale_shift", True), ("scale_shift", False), ("both", True), ("head", False)])
 def test_channelwise_scale_shift(how, adapt: str, frozen: bool) -> None:
     maml = methods.ChannelScaleShift(small_conv().to(how[1]), adapt=adapt, frozen=frozen, **options(how, inner_lr=0.1))

@@ -22,8 +22,6 @@ def with_t(w, phi, name: str):
     return w
 
 
-
-
 @backends
 def test_t_net(how) -> None:
     maml = methods.TNets(mlp().to(how[1]), **options(how))
@@ -52,8 +50,8 @@ def test_mt_net(how, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict = {}
     original = fastmaml.parameterisation.Tasks.noise
 
-    def noise(self, name, draw):
-        return drawn.setdefault(name, original(self, name, draw))
+    def noise(self, name, shape):
+        return drawn.setdefault(name, original(self, name, shape))
 
     monkeypatch.setattr(fastmaml.parameterisation.Tasks, "noise", noise)
     tasks = classify()
@@ -61,7 +59,8 @@ def test_mt_net(how, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def lr(w, t, name):
         key = f"logits.{name.split('.')[0] if mask == 'unit' else name}"
-        z = w[f"mt_net.{key}"] + drawn[key][t].double()
+        u = drawn[key][t]
+        z = w[f"mt_net.{key}"] + (u / (1 - u)).log()  # of two Gumbel variables the difference is logistic
         soft = torch.softmax(torch.stack([z, torch.zeros_like(z)]) / 0.7, 0)[0]
         m = soft + ((z > 0).double() - soft).detach()
         return 0.3 * (m[:, None] if mask == "unit" and name.endswith("weight") else m)
@@ -83,6 +82,29 @@ def test_masks_belong_to_the_seed_of_a_task() -> None:
         maml(tasks, task_seeds=[1, 2])
 
 
+@pytest.mark.parametrize("mask", ["unit", "weight"])
+def test_masks_of_all_tasks_at_once_are_those_of_each(mask: str) -> None:
+    """P(M = 1) = sigmoid(zeta); a task has in a batch of many what it has alone, whatever stands beside it."""
+    maml = methods.MTNets(mlp(), mask=mask, logit=0.8)
+    parameters = {**dict(maml.model.named_parameters()), **maml.parameterisation.values()}
+    rates = {n: torch.tensor(1.0) for n in NAMES}
+
+    def made(seeds):
+        tasks = fastmaml.parameterisation.Tasks([None] * len(seeds), parameters, rates, seeds, torch.empty)
+        return {name: masks.detach() for name, masks in maml.parameterisation.prologue(tasks).items()}
+
+    seeds = [7 * t + 2**40 for t in range(200)]
+    together, alone = made(seeds), [made([seed]) for seed in seeds[:5]]
+    for name, masks in together.items():
+        assert torch.equal(masks[:5], torch.cat([m[name] for m in alone])), name
+    flat = torch.cat([m.reshape(200, -1) for m in together.values()], 1)
+    assert not torch.equal(flat[0], flat[1])
+    assert set(flat.unique().tolist()) == {0.0, 1.0}
+    assert float(flat.mean()) == pytest.approx(float(torch.tensor(0.8).sigmoid()), abs=0.03)
+    if mask == "unit":  # one for each unit, with its bias
+        assert torch.equal(together["rate.0.weight"], together["rate.0.bias"][:, :, None].expand(-1, -1, 3))
+
+
 @backends
 @pytest.mark.parametrize("adapt", ["both", "A", "B"])
 @pytest.mark.parametrize("learned", [True, False])
@@ -99,8 +121,10 @@ def test_low_rank(how, adapt: str, learned: bool) -> None:
 
 
 @backends
-@pytest.mark.parametrize("basis", ["random", "learned"])
+@pytest.mark.parametrize("basis", ["random", "learned", "given"])
 def test_basis(how, basis: str) -> None:
+    if basis == "given":
+        basis = {n: torch.randn(p.numel(), 5) / 10 for n, p in mlp().named_parameters()}
     maml = methods.SubspaceMAML(mlp().to(how[1]), size=5, basis=basis, **options(how, inner_lr=3.0))
 
     def forward(w, phi, x):

@@ -3,9 +3,10 @@ an expression comes to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmaml.executors.torch import Task
@@ -13,8 +14,9 @@ from fastmaml.executors.torch_kernels import KERNELS
 from fastmaml.program import Op, Program
 
 
-def evaluate(program: Program, leaves: Mapping[str, Tensor], wanted: Iterable[int], x: Tensor | None = None) -> list[Tensor]:
-    """The values ``wanted``. ``x`` [n, ...]: the samples, where one of them depends on samples; they make the statistics of batch normalisations."""
+def evaluate(program: Program, leaves: Mapping[str, Tensor], wanted: Iterable[int], x: Tensor | None = None, sizes: Sequence[int] | None = None) -> list[Tensor]:
+    """The values ``wanted``. ``x`` [n, ...]: the samples, where one of them depends on samples; they make the statistics of batch normalisations: all together,
+    or, with ``sizes``, the rows of each set by themselves."""
     wanted, needed, ops = list(wanted), set(wanted), []
     for op in reversed(program.ops):
         if op.output in needed:
@@ -23,21 +25,21 @@ def evaluate(program: Program, leaves: Mapping[str, Tensor], wanted: Iterable[in
     values = {leaf.value: leaves[leaf.name] for leaf in program.leaves if leaf.value in needed}
     if program.input in needed:
         values[program.input] = x
-    task = Task(0, {} if x is None else {"support": len(x)}, 0, {})
+    sizes = [] if x is None else [len(x)] if sizes is None else list(sizes)
+    task = Task(0, {}, 0, {})
     for op in reversed(ops):
         inputs = [None if v is None else values[v] for v in op.inputs]
-        values[op.output] = _run(op, program, task, inputs)
+        values[op.output] = _run(op, program, task, inputs, sizes)
     return [values[v] for v in wanted]
 
 
-def _run(op: Op, program: Program, task: Task, inputs: list[Any]) -> Tensor:
+def _run(op: Op, program: Program, task: Task, inputs: list[Any], sizes: list[int]) -> Tensor:
     if op.name == "module":
         raise NotImplementedError("a model that cannot be traced runs as a whole")
     if op.name == "batchnorm":
         x, gamma, beta, mean, var = inputs
-        running = op.attrs["statistics"] == "running"
-        attrs = {"eps": op.attrs["eps"], "stat_rows": None if running else "support"}
-        kind, given = ("batchnorm_running_fwd", (mean, var)) if running else ("batchnorm_stats_fwd", (x,))
-        return KERNELS["batchnorm_fwd"](task, attrs, x, *KERNELS[kind](task, attrs, *given), gamma, beta)
+        if op.attrs["statistics"] == "running":
+            return KERNELS["batchnorm_fwd"](task, op.attrs, x, *KERNELS["batchnorm_running_fwd"](task, op.attrs, mean, var), gamma, beta)
+        return torch.cat([torch.batch_norm(rows, gamma, beta, None, None, True, 0.0, op.attrs["eps"], False) for rows in x.split(sizes)])
     out = KERNELS[f"{op.name}_fwd"](task, {**op.attrs, "rows": program.values[op.inputs[0]].rows}, *inputs)
     return out[0] if isinstance(out, tuple) else out

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -77,11 +76,11 @@ class Network:
         names = list(self.parameters) if among is None else list(among)
         given = [patterns] if isinstance(patterns, str) else patterns
         if not isinstance(given, Sequence) or not given or not all(isinstance(p, str) for p in given):
-            raise TypeError(f"{what}={patterns!r}: expected a pattern of parameter names such as 'head.*', or a list of them")
+            raise TypeError(f"{what}={patterns!r}: expected a pattern of parameter names such as 'head.*', the name of a module, or a list of them")
         for pattern in given:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(options.matches(name, pattern) for name in names):
                 raise ValueError(f"{what}={pattern!r} matches none of {', '.join(names) or 'none'}")
-        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in given)]
+        return [name for name in names if any(options.matches(name, pattern) for pattern in given)]
 
 
 @dataclass(frozen=True)
@@ -92,33 +91,38 @@ class Tasks:
     parameters  by name: the network's parameters and the parameterisation's leaves, as autograd sees them
     rates       the inner learning rate of each adapted leaf, likewise
     seeds       one per task, for noise
-    inputs_of   inputs_of(t, weight): what the layer with this weight reads of the support rows of task t, at theta_0
+    inputs_of   inputs_of(weight): what the layer with this weight reads of the support rows of all tasks, [sum n, ...], at theta_0; the rows of a task
+                make the statistics of its batch normalisations
     """
 
     batch: TaskBatch
     parameters: Mapping[str, Tensor]
     rates: Mapping[str, Tensor]
     seeds: Sequence[int]
-    inputs_of: Callable[[int, str], Tensor]
+    inputs_of: Callable[[str], Tensor]
 
     def __len__(self) -> int:
         return len(self.batch)
 
-    def noise(self, name: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        """[tasks, ...] of ``draw(generator)``: of a task always the same for its seed, wherever in the batch it stands."""
-        like = next(iter(self.parameters.values()))
+    def noise(self, name: str, shape: Sequence[int]) -> Tensor:
+        """[tasks, *shape], float64, uniform between 0 and 1: of a task always the same for its seed, wherever in the batch it stands."""
+        drawn, generator = torch.empty(len(self), *shape, dtype=torch.float64), torch.Generator()
         salt = sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
-        return torch.stack([draw(torch.Generator().manual_seed((seed ^ salt) % 2**63)) for seed in self.seeds]).to(like)
+        for row, seed in zip(drawn, self.seeds, strict=True):
+            row.uniform_(generator=generator.manual_seed((seed ^ salt) % 2**63))
+        return drawn.to(next(iter(self.parameters.values())).device)
 
 
 class Parameterisation(nn.Module):
     """The network's parameters themselves: ``full``, and the base of all others.
 
-    name    of the family member, in ``explain()`` and in checkpoints; its leaves are called ``<name>.<leaf>``
-    kinds   of the leaves it brings
+    name          of the family member, in ``explain()`` and in checkpoints; its leaves are called ``<name>.<leaf>``
+    kinds         of the leaves it brings
+    takes_adapt   whether ``adapt=`` says which of the network's parameters are adapted, or the parameterisation itself
     """
 
     name = "full"
+    takes_adapt = True
 
     def __init__(self) -> None:
         super().__init__()

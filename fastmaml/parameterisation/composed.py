@@ -54,6 +54,10 @@ class Composed(Parameterisation):
         return self._modules.get("parts", ())
 
     @property
+    def takes_adapt(self) -> bool:
+        return all(p.takes_adapt for p in self.parts)
+
+    @property
     def is_identity(self) -> bool:
         return all(p.is_identity for p in self.parts)
 

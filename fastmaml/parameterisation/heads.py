@@ -21,7 +21,7 @@ class Head(Parameterisation):
            theta_0, W_n = 2 c_n and b_n = -|c_n|^2, so that the logits are -|f - c_n|^2 up to a constant; the gradient flows through the prototypes
     body   "adapted" (those that ``adapt=`` names), "outer" (as ANIL) or "frozen"
 
-    Prototypes are made by plain torch functions, task by task; with batch normalisation the support rows make the statistics. Classes that a task has
+    Prototypes are made by plain torch functions, of all tasks at once; with batch normalisation a task's support rows make its statistics. Classes that a task has
     no support row of, or that are beyond its ways, begin at zero.
     """
 
@@ -66,14 +66,13 @@ class Head(Parameterisation):
     def prologue(self, tasks: Tasks) -> Mapping[str, Tensor]:
         own = f"{self.name}.{self._weight}"
         classes = len(tasks.parameters[own])
-        weights, biases = [], []
-        for t in range(len(tasks)):
-            labels = tasks.batch.task(t)[1]
-            if labels.is_floating_point():
-                raise ValueError("prototypes need class labels: this parameterisation is for loss='cross_entropy'")
-            features = tasks.inputs_of(t, own)
-            members = torch.nn.functional.one_hot(labels.long(), classes).to(features)
-            prototypes = members.T @ features / members.sum(0).clamp(min=1)[:, None]
-            weights.append(2 * prototypes)
-            biases.append(-prototypes.square().sum(1))
-        return {own: torch.stack(weights), f"{self.name}.{self._bias}": torch.stack(biases)}
+        labels, sizes = tasks.batch.support_y, torch.tensor(tasks.batch.support_sizes)
+        if labels.is_floating_point():
+            raise ValueError("prototypes need class labels: this parameterisation is for loss='cross_entropy'")
+        features = tasks.inputs_of(own)
+        task = torch.arange(len(tasks)).repeat_interleave(sizes).to(labels.device)
+        place = task * classes + labels.long()  # of a row: its task's and class's
+        sums = features.new_zeros(len(tasks) * classes, features.shape[1]).index_add(0, place, features)
+        many = torch.bincount(place, minlength=len(sums)).clamp(min=1).to(features)
+        prototypes = (sums / many[:, None]).unflatten(0, (len(tasks), classes))
+        return {own: 2 * prototypes, f"{self.name}.{self._bias}": -prototypes.square().sum(2)}

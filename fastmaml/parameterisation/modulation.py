@@ -25,7 +25,7 @@ class SetEncoder(nn.Module):
 
     def __init__(self, inputs: int, targets: int, size: int = 32, hidden: int = 64, decoder: bool = False) -> None:
         super().__init__()
-        self.targets, self.size = targets, size
+        self.inputs, self.targets, self.size = inputs, targets, size
         self.rows = nn.Sequential(nn.Linear(inputs + targets, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         self.out = nn.Linear(hidden, size)
         self.back = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, inputs + targets)) if decoder else None
@@ -42,8 +42,13 @@ class SetEncoder(nn.Module):
         return self.out(mean_of_sets(rows, sizes)), mean_of_sets(errors, sizes)
 
     def _joined(self, x: Tensor, y: Tensor) -> Tensor:
-        y = y.flatten(1) if y.is_floating_point() else nn.functional.one_hot(y.long(), self.targets)
-        return torch.cat([x.flatten(1), y.to(x)], 1)
+        x, labels = x.flatten(1), not y.is_floating_point()
+        if labels and int(y.max()) >= self.targets:
+            raise ValueError(f"a label is {int(y.max())}: this SetEncoder was built for targets={self.targets} classes")
+        y = nn.functional.one_hot(y.long(), self.targets) if labels else y.flatten(1)
+        if (x.shape[1], y.shape[1]) != (self.inputs, self.targets):
+            raise ValueError(f"support rows have {x.shape[1]} numbers and {y.shape[1]} targets: this SetEncoder was built with inputs={self.inputs}, targets={self.targets}")
+        return torch.cat([x, y.to(x)], 1)
 
 
 def mean_of_sets(rows: Tensor, sizes: Sequence[int] | None) -> Tensor:
@@ -146,7 +151,7 @@ class Gated(Encoded):
                 f"reconstruction={reconstruction!r} needs an encoder with autoencode(x, y) -> ([size], loss), as SetEncoder(..., decoder=True): {type(encoder).__name__} has none"
             )
         self.reconstruction = float((0.01 if can else 0.0) if reconstruction is None else reconstruction)
-        if len(tuple(clusters)) != 2 or min(clusters) < 1:
+        if not isinstance(clusters, (tuple, list)) or len(clusters) != 2 or not all(isinstance(k, int) and k >= 1 for k in clusters):
             raise ValueError(f"clusters={clusters!r}: expected two whole numbers of at least 1, for the two levels")
         self.clusters = tuple(clusters)
 

@@ -110,7 +110,7 @@ class Rewriter:
         if self.shape(value) != self.shape(self._leaves[name]):
             raise ValueError(f"{name!r} has shape {list(self.shape(self._leaves[name]))}, what is put in its place {list(self.shape(value))}")
         if self._by.setdefault(name, self.prefix) != self.prefix:
-            raise ValueError(f"{name!r} is rewritten by both {self._by[name]} and {self.prefix}: leave its layer out of one of them, by layers=")
+            raise ValueError(f"{name!r} is rewritten by both {self._by[name]} and {self.prefix}: leave it out of one of them, by layers= (of a basis: a mapping of the others; else adapt=)")
         self._instead[name] = value
 
     def layer(self, weight: str) -> Op:

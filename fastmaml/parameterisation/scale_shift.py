@@ -25,6 +25,7 @@ class ScaleShift(Parameterisation):
     """
 
     name = "scale_shift"
+    takes_adapt = False
 
     def __init__(self, adapt: str = "head", kernel: bool = True, layers: str | Sequence[str] | None = None, frozen: bool = True) -> None:
         super().__init__()
@@ -85,6 +86,7 @@ class Context(Parameterisation):
     """
 
     name = "cavia"
+    takes_adapt = False
 
     def __init__(self, size: int = 5, layers: str | Sequence[str] | None = None) -> None:
         super().__init__()

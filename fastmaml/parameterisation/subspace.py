@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class TNet(Parameterisation):
         super().__init__()
         if mask not in MASKS:
             raise ValueError(f"mask={mask!r}: choose None, 'unit' or 'weight'")
-        if not temperature > 0:
+        if isinstance(temperature, bool) or not isinstance(temperature, Real) or not temperature > 0:
             raise ValueError(f"temperature={temperature!r}: expected a number above 0")
         self.mask, self.temperature, self.logit, self.layers = mask, float(temperature), float(logit), layers
         self.name = "t_net" if mask is None else "mt_net"
@@ -75,17 +76,16 @@ class TNet(Parameterisation):
         if self.mask is None:
             return rates
         if any(rate.per_step for rate in rates.values()):
-            raise ValueError(f"inner_lr with one rate per step and parameterisation={self.signature}: give one rate per task, layer or element")
+            raise ValueError(f"inner_lr with one rate per step and parameterisation={self.signature}, whose masks serve all steps of a task: give one rate, or one per layer or element")
         masked = {n: replace(rate, name=f"rate.{n}", shape=self._shapes[n], learned=True, home="task") for n, rate in rates.items() if n in self._shapes}
         return {**rates, **masked}
 
     def prologue(self, tasks: Tasks) -> Mapping[str, Tensor]:
-        masks: dict[str, Tensor] = {}
-        for name in self._shapes:
-            key = self._logits(name)
-            if key not in masks:
-                logits = tasks.parameters[f"{self.name}.{key}"]
-                masks[key] = straight_through(logits, tasks.noise(key, lambda g, shape=logits.shape: logistic(shape, g)), self.temperature)
+        logits = {key: tasks.parameters[f"{self.name}.{key}"] for key in dict.fromkeys(map(self._logits, self._shapes))}
+        joined = torch.cat([v.flatten() for v in logits.values()])  # those of all layers and tasks at once
+        noise = logistic(torch.cat([tasks.noise(key, v.shape).flatten(1) for key, v in logits.items()], 1)).to(joined.dtype)
+        parts = straight_through(joined, noise, self.temperature).split([v.numel() for v in logits.values()], 1)
+        masks = {key: part.unflatten(1, v.shape) for (key, v), part in zip(logits.items(), parts, strict=True)}
         out = {}
         for name, shape in ((n, shape) for n, shape in self._shapes.items() if n in tasks.rates):  # another of a list may have put it aside
             mask, rate = masks[self._logits(name)], tasks.rates[name]
@@ -94,9 +94,9 @@ class TNet(Parameterisation):
         return out
 
 
-def logistic(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """The difference of two Gumbel variables."""
-    u = torch.rand(tuple(shape), generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+def logistic(u: Tensor) -> Tensor:
+    """The difference of two Gumbel variables, from a uniform one."""
+    u = u.clamp(1e-12, 1 - 1e-12)
     return u.log() - (-u).log1p()
 
 
@@ -118,6 +118,7 @@ class LowRank(Parameterisation):
     """
 
     name = "low_rank"
+    takes_adapt = False
 
     def __init__(self, rank: int = 4, adapt: str = "both", learned: bool = True, layers: str | Sequence[str] | None = None, frozen: bool = False) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ class Pass:
         self.leaf_values = {leaf.value for leaf in program.leaves}
         self.states = {leaf.value for leaf in program.leaves if program.values[leaf.value].rows}  # factors: rows of the support set
         self.instructions: list[Instruction] = []
+        self.own: set[str] = set()  # buffers that this pass has made
         self.value: dict[int, Ref] = {}
         self.dot: dict[int, Ref] = {}
         self.bar: dict[int, Ref] = {}
@@ -58,6 +59,7 @@ class Pass:
             name = f"{self.name}.{tag}.{n}"
         extent = self.extent if rows is True else rows or None
         self.buffers[name] = Buffer(name, shape, extent, kind, "run" if steps else "", steps)
+        self.own.add(name)
         return Ref(name)
 
     def like(self, tag: str, v: int, keep: bool = False) -> Ref:
@@ -114,13 +116,14 @@ class Pass:
         for table in (self.value, self.dot, self.bar, self.bar_dot, self.saved):
             table.update({key: target for key, r in table.items() if r == ref})
         self.bar_sums = {v: tuple(target if r == ref else r for r in sums) for v, sums in self.bar_sums.items()}
+        self.own.remove(ref.buffer)
         del self.buffers[ref.buffer]
 
     def place(self, ref: Operand, target: Ref) -> None:
         """Makes ``target`` hold ``ref`` (None: zero)."""
         if ref is None:
             self.emit("zero_fwd", (), (target,))
-        elif not self.buffers[ref.buffer].steps and any(ref in i.outputs for i in self.instructions):
+        elif ref.buffer in self.own and not self.buffers[ref.buffer].steps and any(ref in i.outputs for i in self.instructions):
             self.rename(ref, target)
-        else:  # kept per step for another pass, or made elsewhere
+        else:  # kept per step for another pass, made elsewhere, or in a place already: both terms of a sum have its gradient
             self.emit("copy_fwd", (ref,), (target,))
