@@ -15,18 +15,15 @@ from plain_loop import one_thread  # noqa: F401
 from test_omniglot import SUBSET, members, write_zip
 
 import fastmaml
+from benchmarks import compare, pictures, protocol, report, run, sweeps
+from benchmarks.child import gradient, single_tasks
+from benchmarks.cuda_graph import graphed
+from benchmarks.libraries import LIBRARIES
+from benchmarks.peers import META_GRAD, OURS, PEERS, PLAIN, Peer, maml_of, plain_loop
+from benchmarks.worker import Failed, Worker
+from benchmarks.workloads import DEFAULT, WORKLOADS, Workload, find
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # the benchmarks are not installed; last, so that the package is the one under test
-
-from benchmarks import compare, pictures, protocol, report, run, sweeps  # noqa: E402
-from benchmarks.child import gradient, single_tasks  # noqa: E402
-from benchmarks.cuda_graph import graphed  # noqa: E402
-from benchmarks.libraries import LIBRARIES  # noqa: E402
-from benchmarks.peers import META_GRAD, OURS, PEERS, PLAIN, Peer, maml_of, plain_loop  # noqa: E402
-from benchmarks.worker import Failed, Worker  # noqa: E402
-from benchmarks.workloads import DEFAULT, WORKLOADS, Workload, find  # noqa: E402
-
 SINUSOID = WORKLOADS["sinusoid, cbfinn"]
 MACHINE = {"cpu", "flags", "device", "precision", "tier", "threads", "peak_gflops", "versions", "commit"}
 
