@@ -281,11 +281,11 @@ class Case:
 def check_activation(tier: str, plain: Case, outputs: Callable[[], list[Operand]], slope: float) -> None:
     """A kernel with an activation inside: the bits of the plain one with a relu kernel after it."""
     results = plain.run(tier)
-    n, c = results[0].shape
-    mask, row = Operand("mask", normal(n, c, seed=3) > 0), out("rows", n, c)
+    shape, n, c = results[0].shape, len(results[0]), results[0][0].numel()
+    kind, given = "mask" if len(shape) == 2 else "bytes", normal(*shape, seed=3) > 0
 
-    def relu(kernel: str, inputs: list, *made: Operand) -> Tensors:
-        return Case(kernel, inputs, made, n, [c], [slope]).run(tier)
+    def relu(kernel: str, inputs: list, *made: Operand) -> Tensors:  # an image as one long row
+        return [v.reshape(shape) for v in Case(kernel, inputs, made, n, [c], [slope]).run(tier)]
 
     def fused(gate: float, made: list[Operand], given: list[Operand], expected: Tensors) -> None:
         operands = [*outputs(), *made]
@@ -293,10 +293,11 @@ def check_activation(tier: str, plain: Case, outputs: Callable[[], list[Operand]
         for block, parts in ((None, 1), (3, 3)):
             assert same_bits(one.run(tier, block, parts), expected[: len(operands)])
 
-    fused(2.0, [], [mask], [relu("relu_bwd", [mask, rows(z)], row)[0] for z in results])
+    row, mask = out("rows", n, c), Operand("mask", given.flatten(1))
+    fused(2.0, [], [Operand(kind, given)], [relu("relu_bwd", [mask, rows(z.flatten(1))], row)[0] for z in results])
     if len(results) == 1:
-        expected = relu("relu_fwd", [rows(results[0])], row, out("mask", n, c))
-        fused(1.0, [out("mask", n, c)], [], expected)
+        expected = relu("relu_fwd", [rows(results[0].flatten(1))], row, out("mask", n, c))
+        fused(1.0, [out(kind, *shape)], [], expected)
         fused(1.0, [], [], expected)
 
 

@@ -4,8 +4,10 @@ them; layers that are too large for one strip."""
 from __future__ import annotations
 
 import pytest
-from kernel_cases import TIERS, Case, Operand, Pool, normal, out, same_bits
+import torch
+from kernel_cases import TIERS, Case, Operand, Pool, check_activation, exact, normal, out, same_bits
 
+import fastmaml
 from fastmaml.program import _window
 
 # n, c, h, w, o, (kh, kw), stride, padding (top, bottom, left, right)
@@ -108,3 +110,29 @@ def test_a_team_that_shares_channels(tier: str, call) -> None:
     alone = case(call, shape).check(tier, ())
     for parts in (2, 3, 4):
         assert same_bits(case(call, shape).run(tier, None, parts), alone), f"{parts} parts change bits"
+
+
+@tiers
+@pytest.mark.parametrize("slope", [0.0, exact(0.1)], ids=["relu", "leaky"])
+@parametrize(ROW_KERNELS)
+def test_activation(tier: str, call, slope: float) -> None:
+    """The bits of the convolution with a relu kernel after it, also at ties, and where the sum is made in pieces: of strips, channels, rows of taps."""
+    for shape in SHAPES + LARGE:
+        plain = case(call, shape)
+        for operand in plain.inputs:
+            if operand is not None and operand.kind == "image" and len(operand.value) > 1:
+                operand.value[0] = 0.0  # where nothing is added
+        (wanted,) = plain.outputs
+        check_activation(tier, plain, lambda: [out("image", *wanted.shape)], slope)  # noqa: B023
+
+
+@pytest.mark.parametrize("net", [fastmaml.nn.DragenOmniglot, fastmaml.nn.CbfinnMiniImagenet], ids=["conv-relu-norm-pool", "conv-norm-relu-pool"])
+def test_activations_are_no_calls_of_their_own(net) -> None:
+    """Neither where they follow a convolution or a normalisation, nor where their reverse follows the transposed convolution."""
+    channels, side = (1, 28) if net is fastmaml.nn.DragenOmniglot else (3, 84)
+    x, y = torch.rand(2, 5, channels, side, side), torch.arange(5).expand(2, 5)
+    maml = fastmaml.MAML(net(5), inner_steps=2, backend="cpu")
+    executor = maml.runner(fastmaml.TaskBatch.of((x, y, x, y))).executor
+    calls = [step.call.kernel for _, groups in executor.prepared(5, 5).lowering.phases for _, steps in groups for step in steps]
+    assert calls.count("conv2d_fwd") >= 8 and "relu_fwd" not in calls and "relu_jvp" not in calls
+    assert calls.count("relu_bwd") <= (0 if net is fastmaml.nn.DragenOmniglot else 4)  # the head's linear reverse is of a flat row

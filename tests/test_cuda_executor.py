@@ -320,7 +320,7 @@ def test_every_device_function_is_a_kernel_of_the_cpu_and_reached_by_some_plan()
     functions, ids = set(host.kernels()), {name: i for i, name in enumerate(host.all_kernels())}
     assert host.all_kernels() == _cpu.kernels() and functions <= set(ids)
     left_out = {name.rsplit("_", 1)[0] for name in set(ids) - functions}
-    images = ("conv2d", "maxpool2d", "avgpool2d", "pad2d", "image")
+    images = ("conv2d", "maxpool2d", "avgpool2d", "pad2d", "image", "patch")
     assert all(any(word in name for word in images) for name in left_out), left_out
 
 

@@ -1,8 +1,8 @@
 """Patterns of native calls that become one: what the next call would do to a result is done where the result is made.
 
-    linear, batchnorm + relu  any of their modes: the activation, its reverse or its tangent, as the result is stored
-    bwd_input + bwd_input_jvp with the same dy and w: w is read once
-    bwd_weight + sgd or axpy  the gradient is added to what it is for, and is never stored itself
+    linear, conv2d, batchnorm + relu   any of their modes: the activation, its reverse or its tangent, while the result is at hand
+    bwd_input + bwd_input_jvp          with the same dy and w: w is read once
+    bwd_weight + sgd or axpy           the gradient is added to what it is for, and is never stored itself
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastmaml.plan.instructions import Buffer, Operand, Plan, Ref
 
 RESULT = {  # operand of the result; the mask is the last
     **{"linear_fwd": 3, "linear_jvp": 5, "linear_bwd_input": 2, "linear_bwd_input_jvp": 4},
+    **{"conv2d_fwd": 3, "conv2d_jvp": 5, "conv2d_bwd_input": 2, "conv2d_bwd_input_jvp": 4},
     **{"batchnorm_fwd": 5, "batchnorm_jvp": 9, "batchnorm_bwd_input": 7, "batchnorm_bwd_input_jvp": 14},
 }
 RELU = {"relu_fwd": (0, 1, 2), "relu_replay": (0, 2, 1), "relu_bwd": (1, 2, 0)}  # operands: in, out, mask

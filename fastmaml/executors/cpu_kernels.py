@@ -175,6 +175,7 @@ def _conv2d(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
         raise NotImplementedError(f"conv2d with a kernel of {taps_h} x {taps_w} has no native kernel")
     (top, _, left, _), planes = attrs["padding"], int(ins[0] is not None and _buffer(ins[0], buffers).kind == PLANES)
     sizes = (*x, w[0], taps_h, taps_w, *attrs["stride"], top, left, *y[1:], planes)
+    refs = refs if "weight" in mode else (*refs, None)  # no activation's mask
     return Native(instr.kernel, refs, sizes, packed=packed, unpadded=unpadded)
 
 

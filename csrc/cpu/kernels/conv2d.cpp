@@ -4,6 +4,7 @@
 // a few such runs. The transposed convolution is the same on dy, with transposed weights, once for each residue of the
 // stride. A sum is made of pieces in an order that depends on the shape of the layer alone.
 #include "conv_weight.h"
+#include "gate.h"
 
 namespace fastmaml {
 namespace FASTMAML_ISA {
@@ -23,6 +24,7 @@ struct Product {
     int64_t y_row, y_pixel, y_image;  // floats from one output row, pixel, image to the next
     const float* bias;                // or null
     bool begun;                       // adds to what is there
+    Activation act;                   // of the finished sum: its mask lies as y
 };
 
 // ---------------------------------------------------------------------------------------------------- tiles
@@ -121,6 +123,16 @@ void all_columns(int64_t pixels, const Run* runs, int n, int64_t k, int64_t widt
     }
 }
 
+// The activation of some pixels, while they are in the first-level cache
+void activate(int64_t pixels, int64_t width, const Output& out, const Activation& act) {
+    with_gate(act.gate, [&](auto gate) {
+        if constexpr (gate() != Gate::kNone)
+            for (int64_t p = 0; p < pixels; ++p)
+                for (int64_t i = out.at[p]; i < out.at[p] + width; i += VL)
+                    store(out.y + i, act.template apply<gate()>(load(out.y + i), 0, i));
+    });
+}
+
 // Where the pixels [first, first + n) of some images' strips begin
 void find(int32_t* at, int64_t first, int64_t n, int64_t rows, int64_t cols, int64_t image, int64_t row,
           int64_t pixel) {
@@ -165,6 +177,7 @@ void multiply(const Term* terms, int n_terms, const Product& p, int64_t images, 
             }
         }
         if (!out.begun) all_columns(pixels, some, 0, 0, p.width, out);  // no tap reaches these pixels
+        activate(pixels, p.width, out, p.act);
     }
 }
 
@@ -173,8 +186,14 @@ struct Source {  // an image operand against a weight
     const float* w;
 };
 
+// What follows the sums that go to `y`, a place of operand `out`, once they are `finished`; the mask is the next
+// operand
+Activation activation_at(const Call& c, int out, const float* y, bool finished) {
+    return finished ? activation_of(c, out + 1).at(0, y - c.f(out)) : kLinear;
+}
+
 // ---------------------------------------------------------------------------------------------------- forward
-// y = bias + sum over sources of x * w
+// y = act(bias + sum over sources of x * w)
 void forward(const Call& c, const Source* sources, int n, const float* bias, int out) {
     const Shape s(c);
     const int64_t padded = pad_lane(s.o);
@@ -205,6 +224,7 @@ void forward(const Call& c, const Source* sources, int n, const float* bias, int
                     p.width = packed_width(o / kPanel, s.o);
                     p.y = c.f(out) + image * c.stride(out) + row * p.y_row + col * padded + o;
                     p.bias = bias ? bias + o : nullptr;
+                    p.act = activation_at(c, out, p.y, c0 + channels == s.c);
                     for (int t = 0; t < n; ++t) terms[t].w = sources[t].w + o * s.kh * s.kw * s.c + c0 * p.width;
                     multiply(terms, n, p, images, rows, cols);
                 }
@@ -266,6 +286,7 @@ void backward_residue(const Call& c, const Shape& s, const Source* sources, int 
         int64_t a = 0;
         do {
             const int64_t taps = v.taps == 0 ? 0 : h.taps - a < group ? h.taps - a : group;
+            const bool finished = o0 + outputs == s.o && a + (taps ? taps : 1) >= h.taps;
             Term terms[2];
             for (int t = 0; t < n; ++t) {
                 float* to = c.scratch + kStripFloats + t * room;
@@ -288,6 +309,7 @@ void backward_residue(const Call& c, const Shape& s, const Source* sources, int 
                     }
                     p.y = c.f(out) + image * c.stride(out) + k +
                           ((h.start + row * s.sh) * s.w + v.start + col * s.sw) * padded;
+                    p.act = activation_at(c, out, p.y, finished);
                     multiply(terms, products, p, images, rows, width);
                 });
             });

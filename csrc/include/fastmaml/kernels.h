@@ -54,11 +54,11 @@ using Kernel = void (*)(const Call&);
     K(linear_bwd_weight)     /* x, dy, dw?, db?, base?, scale?, bbase?, bscale?: dw = dy^T x, db = sum dy */ \
     K(linear_bwd_weight_jvp) /* x, dy, xt?, dyt?, dwt?, dbt?, base?, scale?, bbase?, bscale?: dwt = dyt^T x + dy^T xt, dbt = sum dyt */ \
     K(row_sum_bwd)           /* dy, db:                            sum dy; sizes {0, out} */ \
-    /* conv2d: sizes {c, h, w, o, kh, kw, stride h, w, pad top, left, out h, w, 1 where x is the caller's [c][h][w]}, images [h][w][c] */ \
-    K(conv2d_fwd)            /* x, w, b?, y:                       y = x * w + b */ \
-    K(conv2d_jvp)            /* x, w, xt?, wt?, bt?, yt:           yt = xt * w + x * wt + bt */ \
-    K(conv2d_bwd_input)      /* dy, w, dx:                         dx = the transposed convolution of dy with w */ \
-    K(conv2d_bwd_input_jvp)  /* dy?, w, dyt?, wt?, dxt:            the same of dyt with w, and of dy with wt */ \
+    /* conv2d: sizes {c, h, w, o, kh, kw, stride h, w, pad top, left, out h, w, 1 where x is the caller's [c][h][w]}, images [h][w][c]; act as of linear */ \
+    K(conv2d_fwd)            /* x, w, b?, y, mask?:                y = act(x * w + b) */ \
+    K(conv2d_jvp)            /* x, w, xt?, wt?, bt?, yt, mask?:    yt = act(xt * w + x * wt + bt) */ \
+    K(conv2d_bwd_input)      /* dy, w, dx, mask?:                  dx = act(the transposed convolution of dy with w) */ \
+    K(conv2d_bwd_input_jvp)  /* dy?, w, dyt?, wt?, dxt, mask?:     the same of dyt with w, and of dy with wt */ \
     K(conv2d_bwd_weight)     /* x, dy, dw?, db?:                   dw[o, c, tap] = sum over pixels dy[o] x[c] at the tap; db = sum dy */ \
     K(conv2d_bwd_weight_jvp) /* x, dy?, xt?, dyt?, dwt?, dbt? */ \
     /* batch statistics of a convolution of the samples (plan/patches.py): moments [2][1 + size][size], size = channels * taps in the order of \
