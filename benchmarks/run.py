@@ -50,7 +50,7 @@ def main() -> None:
     for part, title, job in bar:
         bar.set_description(title)
         rows = job(bar.set_postfix_str)
-        result[part] += [row | here for row in rows]
+        result[part] += [here | row for row in rows]  # a row of the threads has its own number of them
         bar.write(report.terminal(part, rows) + "\n", file=sys.stdout)
         sys.stdout.flush()
         save(result, out)

@@ -329,6 +329,7 @@ def test_quick(part: str, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "results.json").read_text())
     assert result[part] and all(set(row) >= MACHINE for row in result[part])
     assert "reason" not in str(result[part])
+    assert part != "threads" or {row["threads"] for row in result[part]} >= {1, len(os.sched_getaffinity(0))}
     assert (tmp_path / "report.md").exists() and f"results: {tmp_path}" in done.stdout
 
 
