@@ -69,14 +69,15 @@ std::pair<bool, bool> execute(const fastmaml::Plan& plan, int64_t tasks, int hal
 
 // One kernel on its own, by a team whose members work one after another: for tests.
 void call_kernel(const std::string& tier, const std::string& name, const std::vector<int64_t>& operands,
-                 const std::vector<int64_t>& row_strides, int64_t n, int64_t row0, int64_t n_total, bool first,
-                 bool last, int parts, std::vector<int64_t> sizes, std::vector<float> numbers,
+                 std::vector<int64_t> row_strides, int64_t n, int64_t row0, int64_t n_total, bool first, bool last,
+                 int parts, std::vector<int64_t> sizes, std::vector<float> numbers,
                  std::tuple<int64_t, int64_t, int64_t, int64_t> task) {
     if (operands.size() > fastmaml::kMaxOperands || operands.size() != row_strides.size())
         throw std::runtime_error("call_kernel: operands and row_strides must have one entry per operand, at most 16");
     int id = 0;
     while (id < fastmaml::kKernelCount && name != fastmaml::kernel_name(id)) ++id;
     if (id == fastmaml::kKernelCount) throw std::runtime_error("call_kernel: no kernel is called " + name);
+    row_strides.resize(fastmaml::kMaxOperands, 0);  // operands at the end that are not there
     sizes.resize(fastmaml::kMaxSizes, 0);
     numbers.resize(fastmaml::kMaxNumbers, 0.f);
     const fastmaml::Task t = {std::get<0>(task), std::get<1>(task), std::get<2>(task), std::get<3>(task)};
