@@ -17,12 +17,27 @@ static void move(int kernel, const Port& port, float* from, float* to, bool add,
     tier.table[kernel](c);
 }
 
+// As the packed transpose of its transpose: panels of columns, each [rows][width]
+static void pack_turned(const Port& port, const float* from, float* to, int part, int parts) {
+    for (int64_t panel = 0; panel * kPanel < port.cols; ++panel) {
+        const int64_t at = panel * kPanel, width = packed_width(panel, port.cols);
+        const int64_t n = port.cols - at < kPanel ? port.cols - at : kPanel;
+        for (int64_t r = port.rows * part / parts; r < port.rows * (part + 1) / parts; ++r) {
+            float* row = to + at * port.rows + r * width;
+            std::memcpy(row, from + r * port.cols + at, n * sizeof(float));
+            std::memset(row + n, 0, (width - n) * sizeof(float));
+        }
+    }
+}
+
 void pack(const Port& port, const float* from, const Run& run, const Tier& tier, int part, int parts) {
     for (int64_t k = 0; k < port.steps; ++k) {
         float* to = reinterpret_cast<float*>(run.meta + port.offset + k * port.step_stride);
         const float* src = from + k * port.rows * port.cols;
         if (port.layout == Layout::kPacked) {
             move(kId_pack_fwd, port, const_cast<float*>(src), to, false, tier, part, parts);
+        } else if (port.layout == Layout::kTurned) {
+            pack_turned(port, src, to, part, parts);
         } else if (part == 0) {
             const int64_t n = port.rows * port.cols;
             std::memcpy(to, src, n * sizeof(float));

@@ -71,10 +71,12 @@ class State:
 class Prepared:
     """A lowering with its native Plan and its idle workspaces."""
 
+    turn = True  # its kernels read transposed weights where there are any
+
     def __init__(self, plan: Plan, support: int, query: int, block_rows: int | None) -> None:
         self.plan = plan
         self.capacity = rows_capacity(support, query)
-        self.lowering = Lowering(plan, self.capacity, self.kernel_ids(), block_rows)
+        self.lowering = Lowering(plan, self.capacity, self.kernel_ids(), block_rows, turn=self.turn)
         self.native = self.build()
         self.inputs, self.outputs = self.lowering.inputs, self.lowering.outputs
         self.task_buffers = self.lowering.task_buffers

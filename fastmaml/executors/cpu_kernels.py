@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmaml.plan.instructions import Buffer, Instruction, Operand, Plan
 
-LANE = 16  # floats; as in csrc/include/fastmaml/plan.h
+LANE, NARROW = 16, 8  # floats, outputs; as in csrc/include/fastmaml/plan.h
 BASES = (None,) * 4  # base, scale, bbase, bscale: where a weight gradient is not added to anything
 MOST_TAPS, MOST_TAPS_IN_A_ROW = 2048, 96  # of a convolution: what a strip and the weights of a row of taps have room for
 PLANES = "planes"  # kind of an image that lies as the caller has it: [c, h, w]

@@ -7,9 +7,11 @@ they are made of, for whatever multiplies these from the left mixes rows alone, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
-from fastmaml.executors.cpu_kernels import Buffers, native, same_layout
-from fastmaml.plan.instructions import Buffer, Instruction, Operand, Plan, Ref
+from fastmaml.executors.cpu_fusion import Groups
+from fastmaml.executors.cpu_kernels import NARROW, Buffers, native, same_layout
+from fastmaml.plan.instructions import Buffer, Instruction, Operand, Phase, Plan, Ref
 
 Matrix = tuple[int, ...]  # sizes of pack_fwd and unpack_fwd: (in, out), of a convolution (taps * channels, out, taps)
 
@@ -87,6 +89,35 @@ def packed_weights(plan: Plan, buffers: Buffers, excluded: Callable[[str], bool]
     out = {name: lies for name in candidates if (lies := of_a_convolution(name))}
     roots = {alike.of(name) for name in weights} | {alike.of(name) for name, others in kernels if any(other in out for other in others)}
     return {**{name: matrix(buffers[name]) for name in candidates if alike.of(name) in roots}, **out}
+
+
+BOTH_WAYS = ("linear_bwd_input", "linear_bwd_input_jvp", "linear_bwd_input_both")  # operand 1 is the weight, the last one its transpose
+
+
+def turned_weights(phases: Iterable[tuple[Phase, Groups]], buffers: dict[str, Buffer], packed: dict[str, Matrix], own: Callable[[Ref], Ref], inputs: Iterable[str]) -> dict[str, str]:
+    """Leaves whose transpose is packed once for all tasks: name -> name of that. What multiplies by a leaf from the other side, at every step or at
+    theta_0, is given it, and does not transpose the weight anew for each task."""
+    found: dict[str, str] = {}
+
+    def transpose_of(ref: Ref) -> Operand:
+        weight = buffers[ref.buffer]
+        leaf = weight.first or weight.name
+        inner, outer, *taps = packed[weight.name]
+        there = leaf in inputs and buffers[leaf].home == "meta" and not buffers[leaf].steps
+        if not there or taps or min(inner, outer) <= NARROW:
+            return None
+        turned = found[leaf] = f"{leaf}.turned"
+        buffers[turned], packed[turned] = replace(buffers[leaf], name=turned, shape=buffers[leaf].shape[::-1]), (outer, inner)
+        if leaf == weight.name:
+            return Ref(turned)
+        name = f"{weight.name}.turned"  # nowhere, but at theta_0
+        buffers[name] = replace(weight, name=name, home="nowhere", first=turned)
+        return Ref(name, ref.shift)
+
+    for _, groups in phases:
+        for step in (step for _, steps in groups for step in steps if step.call.kernel in BOTH_WAYS):
+            step.call = replace(step.call, operands=(*step.call.operands, transpose_of(own(step.call.operands[1]))))
+    return found
 
 
 def views(plan: Plan, packed: Mapping[str, Matrix]) -> dict[str, Ref]:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from fastmaml.executors.cpu_fusion import DEEP, Fusion, Step
-from fastmaml.executors.cpu_kernels import LANE, PLANES, Native, is_flat, is_image, native, windows
-from fastmaml.executors.cpu_layouts import packed_weights, views
+from fastmaml.executors.cpu_kernels import LANE, NARROW, PLANES, Native, is_flat, is_image, native, windows
+from fastmaml.executors.cpu_layouts import packed_weights, turned_weights, views
 from fastmaml.plan.instructions import Buffer, Group, Instruction, Phase, Plan, Ref
 from fastmaml.plan.memory import arena_layout
 
-NARROW, PANEL, ALIGN = 8, 64, 64  # the first two as in csrc/include/fastmaml/plan.h
+PANEL, ALIGN = 64, 64  # the first as in csrc/include/fastmaml/plan.h
 BLOCK_BYTES = 512 * 1024  # what one block of rows of a group may occupy: half of a small L2
-HOMES = {"meta": 0, "task": 1, "run": 2, "scratch": 2, "block": 2}
+HOMES = {"meta": 0, "task": 1, "run": 2, "scratch": 2, "block": 2, "nowhere": 3}
 ROWS = {None: 0, "support": 1, "query": 2, "joint": 3}
 
 
@@ -39,10 +39,13 @@ class Lowering:
 
     task_buffers   names in the order in which pointers are expected
     inputs         meta-home inputs (leaves, rates, weights), in order;  outputs: gradients, in order
+    turned         of each leaf that all tasks multiply by from both sides the name of its transpose, packed too (``turn``: the caller's kernels read it)
     kept_bytes     per task, of buffers that stay between the halves or are results: name -> bytes
     """
 
-    def __init__(self, plan: Plan, capacity: Mapping[str, int], kernel_ids: Mapping[str, int], block_rows: int | None = None) -> None:
+    def __init__(
+        self, plan: Plan, capacity: Mapping[str, int], kernel_ids: Mapping[str, int], block_rows: int | None = None, turn: bool = False
+    ) -> None:
         self.plan, self.capacity, self.kernel_ids, self.block_rows = plan, dict(capacity), kernel_ids, block_rows
         self.buffers: dict[str, Buffer] = dict(plan.buffers)
         self.alias: dict[str, Ref] = {}
@@ -55,6 +58,7 @@ class Lowering:
         fusion = Fusion(plan, self.buffers, lambda rows, steps: bool(self._block(rows, steps)) or (rows is not None and self.capacity[rows] > DEEP))
         for phase, groups in self.phases:
             fusion.run(groups, weights=phase.scope == "task")
+        self.turned = turned_weights(self.phases, self.buffers, self.packed, self._own, plan.inputs) if turn else {}
         self.block_rows_of = self._blocks()
         self._addresses()
         self.words = self._words()
@@ -290,8 +294,9 @@ class Lowering:
             if buffer.home == "task":
                 self.at[name] = (1, len(self.task_buffers), 0)
                 self.task_buffers.append(name)
+            elif buffer.home == "nowhere":
+                self.at[name] = (HOMES[buffer.home], 0, 0)
             elif buffer.home in size:
-                self.at[name] = (HOMES[buffer.home], 0, size[buffer.home])
                 skipped = 1 if buffer.first else 0  # slot 0 lies in another buffer
                 self.at[name] = (HOMES[buffer.home], 0, size[buffer.home] - skipped * pad(self._bytes(buffer), ALIGN))
                 size[buffer.home] += (self._slots(buffer) - skipped) * pad(self._bytes(buffer), ALIGN)
@@ -320,7 +325,7 @@ class Lowering:
         }
 
     def _step_stride(self, buffer: Buffer) -> int:
-        if not buffer.steps:
+        if not buffer.steps or buffer.home == "nowhere":
             return 0
         if buffer.home == "task" and buffer.name in self.plan.results and buffer.shape == () and not buffer.rows:
             return 4
@@ -388,10 +393,11 @@ class Lowering:
             words += [rows, self.row_bytes(name) if rows else self.kept_bytes(name)]
         self.inputs = [n for n in self.plan.inputs if self.buffers[n].home == "meta"]
         self.outputs = [n for n in self.plan.results if self.buffers[n].home == "meta"]
-        for ports in (self.inputs, self.outputs):
-            words.append(len(ports))
-            for name in ports:
+        for ports, turned in ((self.inputs, self.turned), (self.outputs, {})):
+            words.append(len(ports) + len(turned))
+            for name in (*ports, *turned.values()):
                 words += self._port(self.buffers[name])
+        self.inputs += self.turned  # given twice
         words += [len(self.plan.reductions), *reductions, *self._weighted(), *self._checked(), len(self.phases)]
         for phase, groups in self.phases:
             words += [("task", "meta", "batch").index(phase.scope), phase.half, phase.start, phase.stop, phase.stride, len(groups)]
@@ -404,7 +410,10 @@ class Lowering:
     def _port(self, buffer: Buffer) -> list[int]:
         packed = buffer.name in self.packed
         cols, rows, taps = (*self.packed[buffer.name], 0)[:3] if packed else (buffer.numel, 1, 0)
-        return [self.at[buffer.name][2], int(packed), rows, cols, taps, self._slots(buffer), self._step_stride(buffer)]
+        layout = int(packed)
+        if buffer.name in self.turned.values():
+            layout, rows, cols = 2, cols, rows
+        return [self.at[buffer.name][2], layout, rows, cols, taps, self._slots(buffer), self._step_stride(buffer)]
 
     def _weighted(self) -> list[int]:
         """Rows that a batch phase sums over all tasks."""

@@ -76,6 +76,8 @@ class State:
 class CudaPrepared(Prepared):
     """A lowering for one capacity and device, flattened; its bytes on the device are uploaded once."""
 
+    turn = False  # its kernels read a weight by columns where it lies
+
     def __init__(self, plan: Plan, support: int, query: int, executor: CudaExecutor, device: torch.device) -> None:
         self.module, self.device = executor.native, device
         self.shared_limit, self.threads = executor.shared_limit, executor.threads

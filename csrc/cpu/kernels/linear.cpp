@@ -1,6 +1,7 @@
 // linear in all modes, on packed weights: panels of 64 outputs, each [in][width], so that the vectors run over outputs,
 // a panel is one stream of memory, and the weight gradient is an outer product in the same layout. bwd_input transposes
-// 64 x 64 pieces of the panel on the way. Heads of few outputs lie the other way round: linear_narrow.h.
+// 64 x 64 pieces of the panel on the way, but where somebody has packed the weight's transpose for all tasks. Heads of
+// few outputs lie the other way round: linear_narrow.h.
 #include "linear_narrow.h"
 
 namespace fastmaml {
@@ -68,9 +69,21 @@ static void times_weight(const Call& c, const float* w, int64_t k, int64_t cols,
     }
 }
 
+// The same with the transposed weight at hand: columns k.. of its panel
+static void times_turned(const Call& c, const float* turned, int64_t k, int64_t cols, Target** targets, int n) {
+    const int64_t in = c.sizes[0], out = c.sizes[1], panel = k / kPanel, width = packed_width(panel, in);
+    for (int t = 0; t < n; ++t) {
+        Target& a = *targets[t];
+        const Pair pair = {a.d, a.ldd, turned + panel * kPanel * out + k % kPanel, width};
+        product(c.n, cols, &pair, 1, out, a.out + k, a.ldo, nullptr, 0, a.last ? a.act.at(0, k) : kLinear);
+        a.begun = true;
+    }
+}
+
 // dx = act(dy w) and dxt = act(dyt w + dy wt), either of which may be unwanted (null)
 static void backward_input(const Call& c, const float* dy, int64_t ldy, const float* w, const float* dyt, int64_t ldyt,
-                           const float* wt, float* dx, int64_t ldx, float* dxt, int64_t ldxt, const Activation& act) {
+                           const float* wt, float* dx, int64_t ldx, float* dxt, int64_t ldxt, const Activation& act,
+                           const float* turned) {
     if (is_narrow(c.sizes[1])) {
         const int64_t ldw = pad_lane(c.sizes[0]);
         const Pair primal = {dy, ldy, w, ldw}, two[2] = {{dyt, ldyt, w, ldw}, {dy, ldy, wt, ldw}};
@@ -79,14 +92,18 @@ static void backward_input(const Call& c, const float* dy, int64_t ldy, const fl
         return;
     }
     const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
-    for (int64_t k = s.begin * kLane; k < s.end * kLane; k += kPanel) {
-        const int64_t cols = s.end * kLane - k < kPanel ? s.end * kLane - k : kPanel;
+    for (int64_t k = s.begin * kLane, stop; k < s.end * kLane; k = stop) {
+        stop = (k / kPanel + 1) * kPanel < s.end * kLane ? (k / kPanel + 1) * kPanel : s.end * kLane;
+        const int64_t cols = stop - k;
         Target primal = {dy, ldy, dx, ldx, false, true, act}, tangent = {dyt, ldyt, dxt, ldxt, false, !wt, act};
         Target* targets[2];
         int n = 0;
         if (dx) targets[n++] = &primal;
         if (dxt && dyt) targets[n++] = &tangent;
-        if (n) times_weight(c, w, k, cols, targets, n);
+        if (n && turned)
+            times_turned(c, turned, k, cols, targets, n);
+        else if (n)
+            times_weight(c, w, k, cols, targets, n);
         if (dxt && wt) {
             tangent.d = dy, tangent.ldd = ldy, tangent.last = true;
             targets[0] = &tangent;
@@ -97,17 +114,17 @@ static void backward_input(const Call& c, const float* dy, int64_t ldy, const fl
 
 void linear_bwd_input(const Call& c) {
     backward_input(c, c.f(0), c.stride(0), c.f(1), nullptr, 0, nullptr, c.f(2), c.stride(2), nullptr, 0,
-                   activation_of(c, 3));
+                   activation_of(c, 3), c.f(4));
 }
 
 void linear_bwd_input_jvp(const Call& c) {
     backward_input(c, c.f(0), c.stride(0), c.f(1), c.f(2), c.stride(2), c.f(3), nullptr, 0, c.f(4), c.stride(4),
-                   activation_of(c, 5));
+                   activation_of(c, 5), c.f(6));
 }
 
 void linear_bwd_input_both(const Call& c) {
     backward_input(c, c.f(0), c.stride(0), c.f(1), c.f(2), c.stride(2), c.f(3), c.f(4), c.stride(4), c.f(5),
-                   c.stride(5), activation_of(c, 6));
+                   c.stride(5), activation_of(c, 6), c.f(7));
 }
 
 // ---------------------------------------------------------------------------------------------------- bwd_weight

@@ -48,9 +48,9 @@ using Kernel = void (*)(const Call&);
        and bbase + numbers[1] * bscale * db instead of db */ \
     K(linear_fwd)            /* x, w, b?, y, mask?:                y = act(x w^T + b) */ \
     K(linear_jvp)            /* x, w, xt?, wt?, bt?, yt, mask?:    yt = act(xt w^T + x wt^T + bt) */ \
-    K(linear_bwd_input)      /* dy, w, dx, mask?:                  dx = act(dy w) */ \
-    K(linear_bwd_input_jvp)  /* dy?, w, dyt?, wt?, dxt, mask?:     dxt = act(dyt w + dy wt) */ \
-    K(linear_bwd_input_both) /* dy, w, dyt, wt?, dx, dxt, mask?:   both of these, w read once */ \
+    K(linear_bwd_input)      /* dy, w, dx, mask?, turned?:         dx = act(dy w); turned: w packed as its transpose would be */ \
+    K(linear_bwd_input_jvp)  /* dy?, w, dyt?, wt?, dxt, mask?, turned?: dxt = act(dyt w + dy wt) */ \
+    K(linear_bwd_input_both) /* dy, w, dyt, wt?, dx, dxt, mask?, turned?: both of these, w read once */ \
     K(linear_bwd_weight)     /* x, dy, dw?, db?, base?, scale?, bbase?, bscale?: dw = dy^T x, db = sum dy */ \
     K(linear_bwd_weight_jvp) /* x, dy, xt?, dyt?, dwt?, dbt?, base?, scale?, bbase?, bscale?: dwt = dyt^T x + dy^T xt, dbt = sum dyt */ \
     K(row_sum_bwd)           /* dy, db:                            sum dy; sizes {0, out} */ \

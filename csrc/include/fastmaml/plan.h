@@ -72,8 +72,8 @@ struct TaskBuffer {
 };
 
 // How a leaf or a gradient meets the caller's array. kPacked: a [rows, cols] matrix <-> packed transpose, or with taps
-// a [rows, cols / taps, taps] convolution; kPlain: contiguous.
-enum class Layout : int32_t { kPlain, kPacked };
+// a [rows, cols / taps, taps] convolution; kTurned: a [rows, cols] matrix -> itself, packed; kPlain: contiguous.
+enum class Layout : int32_t { kPlain, kPacked, kTurned };
 
 struct Port {
     int64_t offset = 0;  // in the meta arena, bytes

@@ -27,9 +27,11 @@ private:
     size_t at_ = 0;
 };
 
-inline int32_t read_base(Reader& in) {  // home (0 meta, 1 task, 2 run), task buffer
+inline int32_t read_base(Reader& in) {  // home (0 meta, 1 task, 2 run, 3 nowhere), task buffer
     const int64_t home = in.next(), task_buffer = in.next();
-    return home == 0 ? kMetaBase : home == 1 ? kFirstTaskBase + static_cast<int32_t>(task_buffer) : kArenaBase;
+    const int32_t others[4] = {kMetaBase, kFirstTaskBase + static_cast<int32_t>(task_buffer), kArenaBase, kNoBase};
+    if (home < 0 || home > 3) throw std::runtime_error("fastmaml: a Plan has a home of " + std::to_string(home));
+    return others[home];
 }
 
 inline Operand read_operand(Reader& in) {
