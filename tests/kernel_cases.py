@@ -288,8 +288,8 @@ def check_activation(tier: str, plain: Case, outputs: Callable[[], list[Operand]
         return [v.reshape(shape) for v in Case(kernel, inputs, made, n, [c], [slope]).run(tier)]
 
     def fused(gate: float, made: list[Operand], given: list[Operand], expected: Tensors) -> None:
-        operands = [*outputs(), *made]
-        one = Case(plain.kernel, plain.inputs, operands, n, plain.sizes, [gate, slope], support=plain.support, after=given)
+        operands, after = [*outputs(), *made], [*given, *([] if made or given else [None]), *plain.after[1:]]
+        one = Case(plain.kernel, plain.inputs, operands, n, plain.sizes, [gate, slope], support=plain.support, after=after)
         for block, parts in ((None, 1), (3, 3)):
             assert same_bits(one.run(tier, block, parts), expected[: len(operands)])
 

@@ -171,6 +171,7 @@ def test_halves_in_a_process_of_their_own(home: str, head: str) -> None:
 NETS = {
     "mlp": (lambda: nets.MLP(5, 40, 40, 3), (5,), "cross_entropy", 0.1),
     "mlp-tanh": (lambda: nets.MLP(7, 63, 1, 65, 4, activation=torch.nn.Tanh), (7,), "cross_entropy", 0.1),
+    "mlp-wide": (lambda: nets.MLP(12, 70, 130, 17, 5), (12,), "cross_entropy", 0.1),
     "sinusoid": (lambda: nets.SinusoidMLP(init="torch"), (1,), "mse", 0.01),
     "omniglot-fc": (nets.OmniglotFC, (1, 28, 28), "cross_entropy", 0.1),
     "omniglot-fc-factored": (nets.OmniglotFC, (784,), "cross_entropy", 0.1),
@@ -313,7 +314,7 @@ def test_nothing_is_laid_out_that_no_call_touches(steps: int) -> None:
     plan = maml.plan((x, y, x, y))
     low = CpuExecutor(plan).prepared(5, 5).lowering
     touched = {low._name(ref.buffer) for _, groups in low.phases for _, steps in groups for s in steps for ref in s.call.operands if ref is not None}
-    touched |= {name for r in plan.reductions for name in (r.source.buffer, r.target)} | {*plan.inputs, *plan.results}
+    touched |= {name for r in plan.reductions for name in (r.source.buffer, r.target)} | {*plan.inputs, *plan.results, *low.turned.values()}
     assert set(low.at) <= touched
     gradients = {n for n, b in plan.buffers.items() if b.home == "scratch" and len(b.shape) == 2 and not b.rows}
     assert gradients and not gradients & set(low.at)

@@ -127,6 +127,31 @@ def test_no_rows(tier: str, call: Call) -> None:
             assert got is None or not got.any()
 
 
+# ------------------------------------------------------------------------------------------------- a transposed weight
+TURNED = [call for call in ROW_KERNELS if call[0].startswith("linear_bwd_input")]
+
+
+def turned(call: Call, shape: Shape) -> Case:
+    """The transpose is another matrix than w, so that what read w would not agree."""
+    made, other = case(call, shape), normal(shape[1], shape[2], seed=77)
+    function = made.formula or KERNELS[call[0]]
+    made.formula = lambda task, attrs, dy, _, *rest: function(task, attrs, dy, rest[-1].T, *rest[:-2])
+    made.after = [None, Operand("packed", other)]
+    return made
+
+
+@tiers
+@parametrize(TURNED)
+def test_transposed_weight(tier: str, call: Call) -> None:
+    with Pool() as pool:
+        for shape in ((10, 40, 40), (5, 65, 130), (97, 63, 64), (1, 9, 9), (7, 130, 17), (3, 300, 784)):
+            made = turned(call, shape)
+            alone = made.check(tier, BLOCKS, elementwise=True, pool=pool)
+            for parts in (4, 7, 16):
+                assert same_bits(made.run(tier, None, parts), alone), f"{parts} parts change bits on {shape}"
+            check_activation(tier, turned(call, shape), lambda: wanted(call[2], shape), 0.0)  # noqa: B023
+
+
 # ------------------------------------------------------------------------------------------------- a fused activation
 @tiers
 @pytest.mark.parametrize("slope", [0.0, exact(0.1)], ids=["relu", "leaky"])

@@ -14,7 +14,7 @@ from fastmaml.executors.cpu_kernels import Native
 from fastmaml.executors.uses import Uses
 from fastmaml.plan.instructions import Buffer, Operand, Plan, Ref
 
-RESULT = {  # operand of the result; the mask is the last
+RESULT = {  # operand of the result; the mask is the next
     **{"linear_fwd": 3, "linear_jvp": 5, "linear_bwd_input": 2, "linear_bwd_input_jvp": 4},
     **{"conv2d_fwd": 3, "conv2d_jvp": 5, "conv2d_bwd_input": 2, "conv2d_bwd_input_jvp": 4},
     **{"batchnorm_fwd": 5, "batchnorm_jvp": 9, "batchnorm_bwd_input": 7, "batchnorm_bwd_input_jvp": 14},
@@ -67,7 +67,7 @@ class Fusion:
             if taken != product or out is None or out in touched or (mask in touched and (makes or self._writes(mask, steps[i + 1 : j]))):
                 continue
             operands = list(steps[i].call.operands)
-            operands[at], operands[-1] = out, mask
+            operands[at], operands[at + 1] = out, mask
             steps[i].call = replace(steps[i].call, operands=tuple(operands), numbers=(MAKE if makes else APPLY, steps[j].call.numbers[0]))
             del steps[j]
 
@@ -81,9 +81,9 @@ class Fusion:
         for i in range(len(steps) - 2, -1, -1):
             first, second = steps[i].call, steps[i + 1].call
             if first.kernel == "linear_bwd_input" and second.kernel == "linear_bwd_input_jvp" and second.operands[2] is not None:
-                dy, w, dx, mask = first.operands
+                dy, w, dx, mask, _ = first.operands
                 if second.operands[:2] == (dy, w) and second.operands[5] == mask and second.numbers == first.numbers:
-                    call = Native("linear_bwd_input_both", (*second.operands[:4], dx, second.operands[4], mask), first.sizes, first.numbers)
+                    call = Native("linear_bwd_input_both", (*second.operands[:4], dx, second.operands[4], mask, None), first.sizes, first.numbers)
                     steps[i : i + 2] = [Step(call, steps[i].rows)]
 
     # ------------------------------------------------------------------------------------------------- gradient, update

@@ -147,7 +147,7 @@ def _linear(instr: Instruction, buffers: Buffers, extent: str | None) -> Native:
         refs, unpadded = (*refs, None), (0,) if mode == "fwd" else (0, 2)  # None: no activation's mask
     elif mode in ("bwd_input", "bwd_input_jvp"):
         x, y = outs[0], next(ref for ref in (ins[0], ins[2] if mode == "bwd_input_jvp" else None) if ref)
-        refs, unpadded = (*refs, None), ()
+        refs, unpadded = (*refs, None, None), ()  # nor a transposed weight
     else:
         x, y = ins[0], next(ref for ref in (ins[1], *ins[3:]) if ref)
         unpadded = (0,) if mode == "bwd_weight" else (0, 2)

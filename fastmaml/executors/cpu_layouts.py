@@ -116,7 +116,7 @@ def turned_weights(phases: Iterable[tuple[Phase, Groups]], buffers: dict[str, Bu
 
     for _, groups in phases:
         for step in (step for _, steps in groups for step in steps if step.call.kernel in BOTH_WAYS):
-            step.call = replace(step.call, operands=(*step.call.operands, transpose_of(own(step.call.operands[1]))))
+            step.call = replace(step.call, operands=(*step.call.operands[:-1], transpose_of(own(step.call.operands[1]))))
     return found
 
 

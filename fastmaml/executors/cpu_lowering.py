@@ -39,7 +39,7 @@ class Lowering:
 
     task_buffers   names in the order in which pointers are expected
     inputs         meta-home inputs (leaves, rates, weights), in order;  outputs: gradients, in order
-    turned         of each leaf that all tasks multiply by from both sides the name of its transpose, packed too (``turn``: the caller's kernels read it)
+    turned         of each leaf that all tasks multiply by from both sides the name of its transpose, packed too (where ``turn``: for kernels that read it)
     kept_bytes     per task, of buffers that stay between the halves or are results: name -> bytes
     """
 
