@@ -351,6 +351,8 @@ class MAML(Trained):
         if pairs:
             parameters, gradients = zip(*pairs, strict=True)
             out.loss, out.parameters = MetaLoss.apply((out.loss,), gradients, *parameters), parameters
+            for key, _ in ran.runner.gradients:  # held by the loss alone, so that torch makes them .grad without a copy
+                ran.results.values.pop(key, None)
         return out
 
     def _call_outer(self, tasks: Any, settings: dict[str, Any], outer_loss: Any, given: Mapping[str, Tensor] | None, grad: bool) -> MetaOutput:

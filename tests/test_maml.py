@@ -264,6 +264,15 @@ def test_scaled_losses_accumulate(how) -> None:
     assert distance(grads(maml.model), {n: (expected[0][n] + expected[1][n]) / 2 for n in expected[0]}) <= BOUND[how[1]]
 
 
+def test_gradients_become_grad_without_a_copy() -> None:
+    maml = made(("cpu", torch.float32))
+    maml.model.zero_grad()
+    out = maml(classify())
+    addresses = [g.data_ptr() for g in out.loss.grad_fn.gradients]
+    out.loss.backward()
+    assert [p.grad.data_ptr() for p in maml.parameters() if p.grad is not None] == addresses
+
+
 @backends
 @pytest.mark.parametrize("outer", [None, lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())], ids=["built in", "outer_loss"])
 def test_backward_twice(how, outer) -> None:
