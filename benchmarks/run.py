@@ -6,8 +6,8 @@ sweeps       time against inner steps, tasks, shots and filters
 threads      a meta-batch, and one task alone, on 1 .. all threads
 memory       peak against inner steps
 
-Results go to benchmarks/results/<date>-<machine>/: results.json after each part, then report.md and its pictures (benchmarks/report.py). The default
-is a subset of about twenty minutes on two cores; --complete takes hours, unattended.
+Results go to benchmarks/results/<date>-<machine>/: results.json after each workload, then report.md and its pictures (benchmarks/report.py). The
+default is a subset of about twenty minutes on two cores; --complete takes hours, unattended, and goes on with --resume where it was cut off.
 """
 
 from __future__ import annotations
@@ -43,20 +43,40 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     here = machine(args.threads, args.device)
-    out = args.out or (None if args.quick else folder_of(here))
+    out = args.resume or args.out or (None if args.quick else folder_of(here))
     settings = Settings(args.threads, args.budget, args.agreement, args.time_limit, 1000 * args.memory_limit, args.device)
-    result = {"machine": here, "settings": asdict(settings), **{part: [] for part in args.parts}}
-    bar = tqdm(list(jobs(args, settings)), leave=False, disable=not sys.stderr.isatty())
+    asked = {name: getattr(args, name) for name in ("complete", "quick", "parts", "only", "peers")} | {"own": [p.name for p in args.own]}
+    result = {"machine": here, "settings": asdict(settings), "asked": asked, "done": [], **{part: [] for part in args.parts}}
+    if args.resume:
+        result = resumed(args.resume, result)
+    todo = [job for job in jobs(args, settings) if list(job[:2]) not in result["done"]]
+    bar = tqdm(todo, leave=False, disable=not sys.stderr.isatty())
     for part, title, job in bar:
         bar.set_description(title)
         rows = job(bar.set_postfix_str)
         result[part] += [here | row for row in rows]  # a row of the threads has its own number of them
         bar.write(report.terminal(part, rows) + "\n", file=sys.stdout)
         sys.stdout.flush()
+        result["done"].append([part, title])
         save(result, out)
     if out:
         report.write(result, out)
         print(f"results: {out}")
+
+
+def resumed(folder: Path, fresh: dict) -> dict:
+    """The results of a run that was cut off, if it measured the same: rows of two machines, commits or settings are not mixed."""
+    try:
+        old = json.loads((folder / "results.json").read_text())
+        parts = {key: old[key] for key in fresh}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SystemExit(f"--resume {folder}: no results.json of benchmarks.run to go on with ({type(error).__name__}: {error})") from error
+    for key in ("machine", "settings", "asked"):
+        for name, now in json.loads(json.dumps(fresh[key])).items():
+            before = parts[key].get(name)
+            if name != "peak_gflops" and before != now:  # that is measured anew each time
+                raise SystemExit(f"--resume {folder}: {name} was {before} there and is {now} now: make it the same, or begin anew with --out")
+    return parts
 
 
 def jobs(args: argparse.Namespace, settings: Settings) -> Iterator[tuple]:
@@ -157,6 +177,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, metavar="S", help="seconds of any one answer, compiling too (default 240; 100 without --complete)")
     parser.add_argument("--memory-limit", type=float, default=10.0, metavar="GB", help="of one process (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the results in this folder, where a run with the same arguments was cut off")
     args = parser.parse_args()
     if args.only and not any(args.only in name for name in WORKLOADS):
         parser.error(f"--only {args.only!r}: no workload's name contains it; there are {'; '.join(WORKLOADS)}")
@@ -164,6 +185,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--threads {args.threads}: expected at least 1")
     if why := _unusable(args.device):
         parser.error(f"--device {args.device}: {why}")
+    if args.resume and args.out:
+        parser.error(f"--resume {args.resume} --out {args.out}: results go on in the folder of --resume, so leave out --out")
     if args.learn2learn:
         if not (args.learn2learn / "learn2learn" / "algorithms" / "maml.py").is_file():
             parser.error(f"--learn2learn {args.learn2learn}: there is no learn2learn/algorithms/maml.py in it")

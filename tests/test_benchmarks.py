@@ -341,6 +341,7 @@ def test_quick(part: str, tmp_path: Path) -> None:
         (("--learn2learn", "/nowhere"), "there is no learn2learn/algorithms/maml.py in it"),
         (("--peer", "no_such_module:x"), "no_such_module"),
         (("--parts", "speeds"), "invalid choice: 'speeds'"),
+        (("--resume", "there", "--out", "here"), "leave out --out"),
     ],
 )
 def test_wrong_arguments(arguments: tuple, said: str, tmp_path: Path) -> None:
