@@ -36,8 +36,9 @@ from torch import Tensor
 from benchmarks.peers import maml_of
 from benchmarks.workloads import DEFAULT, WORKLOADS, Workload
 from fastmaml import _cpu
-from fastmaml.executors.cpu_kernels import PLANES, is_image, native
 from fastmaml.executors.cpu_lowering import ROWS, Lowering
+from fastmaml.executors.cpu_native import PLANES, is_image
+from fastmaml.executors.cpu_rules import native
 from fastmaml.executors.torch_kernels import KERNELS
 from fastmaml.machine import peak_gflops
 from fastmaml.plan.costs import Counter

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmaml import _cpu
-from fastmaml.executors.cpu_kernels import native
+from fastmaml.executors.cpu_rules import native
 from fastmaml.executors.torch_kernels import KERNELS
 from fastmaml.plan.instructions import Buffer, Instruction, Ref
 

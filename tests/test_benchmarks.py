@@ -222,6 +222,7 @@ def test_turns() -> None:
     assert wants([[0.01] * 299], 1) and not wants([[0.01] * 300], 1)  # small workloads: 300 calls
     assert wants([[1.0] * 9], 10) and not wants([[1.0] * 10], 10)
     assert protocol.quantiles([2.0]) == (2.0, 2.0, 2.0)
+    assert protocol.quantiles([1.0, 2.0]) == pytest.approx((1.2, 1.5, 1.8))  # inside of what was measured
     low, middle, high = protocol.quantiles([1.0, 2.0, 3.0, 4.0, 5.0])
     assert low < middle == 3.0 < high
 

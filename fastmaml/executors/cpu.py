@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
-from fastmaml.executors.cpu_kernels import native
 from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
+from fastmaml.executors.cpu_rules import native
 from fastmaml.plan.instructions import Plan
 
 try:

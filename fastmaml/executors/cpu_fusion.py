@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from fastmaml.executors.cpu_kernels import Native
+from fastmaml.executors.cpu_native import Native
 from fastmaml.executors.uses import Uses
 from fastmaml.plan.instructions import Buffer, Operand, Plan, Ref
 

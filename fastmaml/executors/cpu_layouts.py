@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from fastmaml.executors.cpu_fusion import Groups
-from fastmaml.executors.cpu_kernels import NARROW, Buffers, native, same_layout
+from fastmaml.executors.cpu_native import NARROW, Buffers, same_layout
+from fastmaml.executors.cpu_rules import native
 from fastmaml.plan.instructions import Buffer, Instruction, Operand, Phase, Plan, Ref
 
 Matrix = tuple[int, ...]  # sizes of pack_fwd and unpack_fwd: (in, out), of a convolution (taps * channels, out, taps)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastmaml.executors.cpu_fusion import DEEP, Fusion, Step
-from fastmaml.executors.cpu_kernels import LANE, NARROW, PLANES, Native, is_flat, is_image, native, windows
 from fastmaml.executors.cpu_layouts import packed_weights, turned_weights, views
+from fastmaml.executors.cpu_native import LANE, NARROW, PLANES, Native, is_flat, is_image, windows
+from fastmaml.executors.cpu_rules import native
 from fastmaml.plan.instructions import Buffer, Group, Instruction, Phase, Plan, Ref
 from fastmaml.plan.memory import arena_layout
 
