@@ -25,8 +25,9 @@ from fastmaml.batch import TaskBatch
 from fastmaml.executors import nvrtc
 from fastmaml.executors.call import Call, Results
 from fastmaml.executors.cpu import LOWERINGS, Prepared
-from fastmaml.executors.cpu_lowering import Lowering, pad, rows_capacity
+from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
 from fastmaml.executors.cpu_rules import native as native_call
+from fastmaml.executors.cpu_storage import pad
 from fastmaml.plan.instructions import Plan
 
 try:
