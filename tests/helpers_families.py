@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import truth
-from test_maml import BACKENDS, BOUND
+from maml_cases import BACKENDS, BOUND
 
 import fastmaml
 from fastmaml import MAML

@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from maml_cases import BACKENDS, conv_net, made
 from plain_loop import classify, grads, mlp, one_thread, plain_loop, ragged, regress  # noqa: F401
-from test_maml import BACKENDS, conv_net, made
 from torch import nn
 
 from fastmaml import TaskBatch

@@ -7,8 +7,8 @@ import pytest
 import torch
 from families import small_conv, truth
 from helpers_families import IMAGES, NAMES, backends, grads, moved
+from maml_cases import BOUND
 from plain_loop import classify, mlp, one_thread  # noqa: F401
-from test_maml import BOUND
 
 import fastmaml
 from fastmaml import methods

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from maml_cases import conv_net, needs_cpu
 from plain_loop import classify, mlp, one_thread, ragged, regress  # noqa: F401
-from test_maml import conv_net, needs_cpu
 from torch import nn
 
 from fastmaml import MAML, BackendError, TaskBatch, TraceError

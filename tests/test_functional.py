@@ -9,8 +9,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from maml_cases import Tied
 from plain_loop import classify, distance, mlp, one_thread, plain_loop, ragged  # noqa: F401
-from test_maml import Tied
 from torch import nn
 
 import fastmaml

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from families import small_conv, truth
 from helpers_families import IMAGES, OPTIONS, backends, grads, options
+from maml_cases import BOUND
 from plain_loop import classify, mlp, one_thread, plain_loop  # noqa: F401
-from test_maml import BOUND
 from torch import nn
 
 import fastmaml

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from families import truth
 from helpers_families import NAMES, agrees, backends, encoder, grads, options
+from maml_cases import BOUND
 from plain_loop import classify, mlp, one_thread, regress  # noqa: F401
-from test_maml import BOUND
 from torch import nn
 
 from fastmaml import TaskBatch, methods

@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from maml_cases import BACKENDS, BOUND, made
 from plain_loop import classify, distance, grads, mlp, one_thread, plain_loop  # noqa: F401
-from test_maml import BACKENDS, BOUND, made
 from test_rollback import STEPS, net
 from test_rollback import tasks as images
 from torch import nn
