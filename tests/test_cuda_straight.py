@@ -286,7 +286,7 @@ def test_a_source_that_does_not_compile_warns_once_and_is_walked() -> None:
 
 def test_explain_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "choose", lambda backend, plan, *_: on_host(plan))
-    assert "cuda: one kernel that walks any Plan: " in fastmaml.MAML(small_net(), inner_lr=0.1).explain(small_tasks())
+    assert "cuda: all segments (one kernel that walks any Plan: " in fastmaml.MAML(small_net(), inner_lr=0.1).explain(small_tasks())
 
 
 def test_tasks_of_ever_other_sizes_are_not_compiled_for_ever() -> None:
