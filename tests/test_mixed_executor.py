@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import fastmaml
 from fastmaml import executors
 from fastmaml.executors import BackendError, cuda, explained
+from fastmaml.executors.call import Call
 from fastmaml.executors.cpu import CpuExecutor
 from fastmaml.executors.cuda import CudaExecutor
 from fastmaml.executors.mixed import MixedExecutor
@@ -355,10 +357,10 @@ def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuExecutor, "why_not_segment", staticmethod(refused))
 
 
-def used(backend: str, dtype: torch.dtype, **options: object) -> tuple[fastmaml.MAML, list[Tensor]]:
+def used(backend: str, dtype: torch.dtype, device: str = "cpu", **options: object) -> tuple[fastmaml.MAML, list[Tensor]]:
     """Gradients of a call with each entry, adapted logits and accuracy."""
-    maml = fastmaml.MAML(conv_net().to(dtype), inner_lr=0.1, inner_steps=3, parameterisation="anil", backend=backend, **options)
-    tasks = tasks_for().to(dtype)
+    maml = fastmaml.MAML(conv_net().to(device, dtype), inner_lr=0.1, inner_steps=3, parameterisation="anil", backend=backend, **options)
+    tasks = tasks_for().to(device, dtype)
     out = maml(tasks)
     out.loss.backward()
     found = [out.loss.detach(), out.accuracy, *(p.grad.clone() for p in maml.parameters() if p.grad is not None)]
@@ -408,3 +410,55 @@ def test_several_objects_take_turns(no_images: None) -> None:
     second(tasks_for(((2, 2), (4, 5)))), first(tasks_for(((2, 2), (4, 5))), outer_loss=outer)
     for a, b in zip(alone, torch.autograd.grad(pending, [*first.parameters()]), strict=True):
         assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------- on a GPU
+def on_a_gpu(test: Callable) -> Callable:
+    missing = not torch.cuda.is_available() or cuda._cuda is None
+    return pytest.mark.cuda(pytest.mark.skipif(missing, reason="needs a GPU and fastmaml._cuda")(test))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("options", [{}, {"learn_inner_lr": True}, {"first_order": True}], ids=["plain", "learned", "first"])
+def test_through_maml_on_a_gpu(options: dict) -> None:
+    """Three times: launch by launch, captured, replayed."""
+    truth = used("torch", torch.float64, **options)[1]
+    for _ in range(3):
+        maml, mine = used("auto", torch.float32, "cuda", precision="highest", **options)
+        assert maml(tasks_for().to("cuda")).executor == "triton + cuda"
+        for a, b in zip(mine, truth, strict=True):
+            assert float((a.double().cpu() - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
+
+
+def call_on_a_gpu() -> tuple[MixedExecutor, Call]:
+    case = anil_case()
+    call = dataclasses.replace(case, batch=case.batch.to("cuda")).call(torch.float32)
+    call = dataclasses.replace(call, **{part: {name: v.cuda() for name, v in getattr(call, part).items()} for part in ("leaves", "rates", "weights")})
+    return executors.choose("auto", case.plan(), torch.float32, GPU), call
+
+
+@on_a_gpu
+def test_nothing_waits_between_the_parts() -> None:
+    executor, call = call_on_a_gpu()
+    for _ in range(2):
+        assert executor.forward(call).all_finite
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        executor.forward(call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+def test_objects_on_streams_of_their_own() -> None:
+    pairs, streams = [call_on_a_gpu() for _ in range(2)], [torch.cuda.Stream() for _ in range(2)]
+    alone = pairs[0][0].forward(pairs[0][1]).values
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(4):
+        for (executor, call), stream in zip(pairs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(executor.forward(call).values)
+    torch.cuda.synchronize()
+    for values in found:
+        assert all(torch.equal(v, values[name]) for name, v in alone.items())
