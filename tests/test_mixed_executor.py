@@ -242,7 +242,7 @@ REFUSED = {
     "no inner loop": (lambda: anil_case(steps=0).plan(), frozen, "there is no inner loop"),
     "an adapted body": (lambda: option_case("conv", False, "constant", "plain").plan(), lambda s: "images" if s.name == "gradient" else None, "images"),
     "nothing before": (lambda: option_case("conv", False, "constant", "plain").plan(), frozen, "nothing comes before"),
-    "joint rows": (lambda: anil_case("support").plan(), frozen, "is needed inside of the inner loop and outside of it"),
+    "joint rows": (lambda: anil_case("support").plan(), frozen, "of support and query rows together is needed inside"),
 }
 
 
@@ -386,6 +386,8 @@ def test_through_maml(no_images: None, options: dict) -> None:
     said = maml.explain(tasks_for())
     assert "torch: prologue, epilogue\ncpu: gradient, update, query" in said and "why not cpu: conv2d_fwd has no native kernel" in said
     assert any(name.startswith("cpu: ") for name in maml.memory_bytes(tasks_for()))
+    checked = maml.verify(tasks_for(), repeats=1)
+    assert checked.ok and checked.executor == "torch + cpu" and checked.plan_error <= 1e-11
     with pytest.raises(BackendError, match="backend='cpu' cannot run this model: conv2d_fwd has no native kernel"):
         fastmaml.MAML(conv_net(), backend="cpu").meta_grad(tasks_for())
 

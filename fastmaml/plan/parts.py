@@ -98,7 +98,8 @@ def _check_crossing(buffer: Buffer, into: bool) -> None:
     """Weights and features cross, and their cotangents."""
     fits = buffer.kind == "real" and not buffer.first and not buffer.columns and buffer.rows != "joint" and not (buffer.rows and buffer.steps)
     if not fits or (buffer.home != "meta" and buffer.steps if into else buffer.home == "meta"):
-        raise NotImplementedError(f"{buffer.name} is needed inside of the inner loop and outside of it")
+        what = "of support and query rows together " if buffer.rows == "joint" else ""
+        raise NotImplementedError(f"{buffer.name} {what}is needed inside of the inner loop and outside of it")
 
 
 def _given(buffers: dict[str, Buffer], names: Iterable[str]) -> dict[str, Buffer]:
