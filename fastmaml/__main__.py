@@ -23,7 +23,7 @@ from fastmaml.executors import cuda as cuda_executor
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # and every FASTMAML_*
 RUNS = {
     "cpu": "native kernels, float32: fully connected and convolutional networks",
-    "cuda": "one launch for each half of a meta-iteration, float32: fully connected networks",
+    "cuda": "one launch for each half of a meta-iteration, float32: fully connected networks, and inner loops of a head behind a frozen body",
     "triton": "any traced model in float32 on an NVIDIA GPU",
     "torch": "any traced model, any dtype and device; not fast",
     "autograd": "any nn.Module; not fast",
@@ -62,7 +62,7 @@ def report() -> list[tuple[str, str]]:
     if cuda_executor._cuda is not None:
         lines.append(("", f"fastmaml._cuda; devices: {_devices()}"))
     lines.append(("active", f"{_tier()}, {_threads()}"))
-    lines.append(("backends", "auto takes the first of these that can run the model"))
+    lines.append(("backends", "auto takes the first of these that can run the model, or for its inner loop alone that one and another around it"))
     lines += [(f"  {name}", _backend(name)) for name in BACKENDS if name != "auto"]
     set_here = [f"{name}={value}" for name, value in sorted(os.environ.items()) if _ours(name)]
     lines.append(("variables", ", ".join(set_here) or "none is set (FASTMAML_ISA, OMP_NUM_THREADS, ...)"))

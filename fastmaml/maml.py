@@ -14,7 +14,7 @@ from fastmaml.adapted import AdaptedModel
 from fastmaml.autograd import MetaLoss, OuterLogits
 from fastmaml.batch import TaskBatch
 from fastmaml.engine import TASK_RATE, Runner, Spec, support_bucket, warn_user, without_autocast
-from fastmaml.executors import BACKENDS, Executor
+from fastmaml.executors import BACKENDS, NATIVE, Executor, explained
 from fastmaml.executors.call import Call, Results
 from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.output import MetaOutput, NonFiniteError, correct_of, gradient_of, per_task
@@ -23,8 +23,6 @@ from fastmaml.prologue import Prologue
 from fastmaml.rates import InnerRates
 from fastmaml.state import Trained
 from fastmaml.watch import ModelView
-
-NATIVE = ("cpu", "cuda")  # executors that add to .grad themselves, and know the bytes they lay out
 
 
 class Ran(NamedTuple):
@@ -113,7 +111,7 @@ class MAML(Trained):
 
     @property
     def executor(self) -> str | None:
-        """Name of the executor that ran last."""
+        """Name of the executor that ran last; "triton + cuda" where the second ran the inner loop and the first what is around it."""
         return self._engine.ran
 
     # ------------------------------------------------------------------------------------------------- calls
@@ -197,17 +195,17 @@ class MAML(Trained):
         return self._executor(batch, inner_steps, batchnorm, entry).memory(batch)
 
     def explain(self, tasks: Any, *, inner_steps: int | None = None, batchnorm: str | None = None, entry: str = "train") -> str:
-        """The Plan in words: segments and groups, FLOPs, bytes and homes, memory, and the floor time of this machine."""
+        """Which executor runs which segments and why, and the Plan in words: segments and groups, FLOPs, bytes and homes, memory, the floor time of this machine."""
         from fastmaml import machine
         from fastmaml.plan.explain import explain
 
         batch = self._batch(tasks)
         executor = self._executor(batch, inner_steps, batchnorm, entry)
         in_flight = torch.get_num_threads() if executor.name == "cpu" else len(batch)
-        head = f"parameterisation {self.parameterisation.signature}: {self._describe()}\n"
-        if executor.name == "cuda":
-            head += f"cuda: {executor.how}\n"
-        return head + explain(executor.plan, batch, **machine.peaks(), in_flight=in_flight, laid_out=executor.memory(batch) if executor.name in NATIVE else None)
+        like = self._engine.view().like
+        head = f"parameterisation {self.parameterisation.signature}: {self._describe()}\n{explained(executor, self.backend, like.dtype, like.device)}\n"
+        laid_out = None if executor.name in ("torch", "autograd") else executor.memory(batch)
+        return head + explain(executor.plan, batch, **machine.peaks(), in_flight=in_flight, laid_out=laid_out)
 
     def _describe(self) -> str:
         """What is adapted, what is outer-learned only, what is constant."""
@@ -369,8 +367,7 @@ class MAML(Trained):
             changed = [name for name, version in versions.items() if used[name]._version != version]
             if changed:
                 raise RuntimeError(f"{changed[0]} was changed in place between forward and backward: call backward first, or pass a copy to maml(...)")
-            split = list(dlogits.split(list(batch.query_sizes)))
-            results = without_autocast(dlogits.device, ran.runner.executor.reverse, ran.results.state, split)
+            results = without_autocast(dlogits.device, ran.runner.executor.reverse, ran.results.state, {"dlogits": dlogits})
             self._check_finite(results)
             return [g for _, g in self._gradients(ran, results, trained, penalty=False)]
 

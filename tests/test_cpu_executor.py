@@ -140,7 +140,7 @@ def test_random_halves(conv: bool) -> None:
         dlogits = torch.autograd.grad(sum(losses), logits)
         truth = {n: v for n, v in whole.values.items() if isinstance(n, str) and n.startswith("grad.")}
         if torch.isfinite(whole.values["loss.query"]).all() and norm(truth) < 1e6:
-            got = executor.reverse(forward.state, list(dlogits)).values
+            got = executor.reverse(forward.state, {"dlogits": torch.cat(dlogits)}).values
             assert error({n: got.get(n, torch.zeros_like(v)) for n, v in truth.items()}, truth, ZERO) <= 1e-4
 
 
@@ -154,7 +154,7 @@ results = []
 for executor in (t.TorchExecutor, t.CpuExecutor):
     executor = executor(case.plan(entry="halves"))
     forward = executor.forward(case.call(torch.float32, total=True))
-    results.append(executor.reverse(forward.state, [torch.ones(2, 2)] * 4).values["grad.w"])
+    results.append(executor.reverse(forward.state, {{"dlogits": torch.ones(8, 2)}}).values["grad.w"])
 assert torch.allclose(*results, atol=1e-6), results
 """
 

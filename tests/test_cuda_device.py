@@ -192,7 +192,7 @@ def test_out_of_memory_names_the_bytes_and_leaves_nothing() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.set_per_process_memory_fraction(1e-6)
     try:
-        with pytest.raises(torch.OutOfMemoryError, match="the Plan of 17 tasks needs .* MB of device memory .*fewer tasks"):
+        with pytest.raises(torch.cuda.OutOfMemoryError, match="the Plan of 17 tasks needs .* bytes on cuda.*fewer tasks"):
             executor.forward(call)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

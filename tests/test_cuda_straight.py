@@ -20,11 +20,14 @@ import torch
 from random_programs import Case
 from test_cpu_executor import net_case, ragged_case, same
 from test_cuda_executor import LIMITS, ORDERS, host, on_host, small_net, small_tasks
+from test_mixed_executor import anil_case, parts_of
 
 import fastmaml
 from fastmaml import engine
 from fastmaml.executors import cuda, nvrtc
 from fastmaml.executors.cuda import KERNELS, CudaExecutor
+from fastmaml.executors.mixed import MixedExecutor
+from fastmaml.executors.torch import TorchExecutor
 from fastmaml.plan import Plan
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -82,6 +85,23 @@ def test_the_bits_of_the_walk(name: str, compiler: Callable) -> None:
     small = on_host(plan, order="shuffled9", compiler=compiler, shared_limit=1, threads=128)  # tasks in flight beside shared memory
     if name in ("second, ragged", "sinusoid"):
         same(walked, small.forward(call))
+
+
+@needs_compiler
+@pytest.mark.parametrize("entry", ["train", "halves"])
+def test_the_inner_loop_of_a_mixed_plan_has_the_bits_of_the_walk(entry: str, compiler: Callable) -> None:
+    case = anil_case("learned-per-element-and-step")
+    plan, call, found = case.plan(entry=entry), case.call(torch.float32), []
+    for options in ({}, {"compiler": compiler, "order": "shuffled3"}):
+        parts = parts_of(plan)
+        executor = MixedExecutor(plan, parts, TorchExecutor(parts.around), on_host(parts.inside, **options))
+        results = executor.forward(call)
+        found.append(dict(results.values))
+        if entry == "halves":
+            found[-1] |= executor.reverse(results.state, {"dlogits": torch.tanh(results.values["logits"])}).values
+        assert executor.inside.how.startswith("kernels of") == bool(options)
+    assert found[0].keys() == found[1].keys() and len(found[0]) >= 7
+    assert all(torch.equal(v, found[1][name]) for name, v in found[0].items())
 
 
 def normed() -> torch.nn.Module:
@@ -156,11 +176,17 @@ def test_a_source_is_the_same_for_the_same_plan() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- what is compiled
-COMPILED = {"sinusoid": functools.partial(net_case, "sinusoid", tasks=2, steps=1, rows=(10, 10)), "ragged": functools.partial(ragged_case, "first")}
+def head_case() -> SimpleNamespace:
+    """The inner loop of a mixed Plan."""
+    case = anil_case("learned-rate")
+    return SimpleNamespace(plan=lambda: parts_of(case.plan()).inside, batch=case.batch)
+
+
+COMPILED = {"head": head_case, "sinusoid": functools.partial(net_case, "sinusoid", tasks=2, steps=1, rows=(10, 10)), "ragged": functools.partial(ragged_case, "first")}
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("name", "arch"), [("sinusoid", "sm_80"), ("sinusoid", "sm_90"), ("ragged", "sm_90")])
+@pytest.mark.parametrize(("name", "arch"), [("head", "sm_80"), ("head", "sm_90"), ("sinusoid", "sm_80"), ("sinusoid", "sm_90"), ("ragged", "sm_90")])
 def test_registers_stack_and_spills(name: str, arch: str, tmp_path: Path) -> None:
     (tmp_path / "half.cu").write_text(source_of(COMPILED[name]()))
     command = ["nvcc", "-cubin", f"-arch={arch}", "-std=c++17", "-Xptxas=-v", f"-I{CSRC}/include", f"-I{CSRC}/cuda", "half.cu", "-o", "half.cubin"]
@@ -286,7 +312,7 @@ def test_a_source_that_does_not_compile_warns_once_and_is_walked() -> None:
 
 def test_explain_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "choose", lambda backend, plan, *_: on_host(plan))
-    assert "cuda: one kernel that walks any Plan: " in fastmaml.MAML(small_net(), inner_lr=0.1).explain(small_tasks())
+    assert "cuda: all segments (one kernel that walks any Plan: " in fastmaml.MAML(small_net(), inner_lr=0.1).explain(small_tasks())
 
 
 def test_tasks_of_ever_other_sizes_are_not_compiled_for_ever() -> None:

@@ -97,7 +97,7 @@ def test_reptiles_step_is_the_papers() -> None:
 def test_reptile_goes_nowhere_back() -> None:
     data = classify()
     plan = methods.Reptile(mlp()).plan(data)
-    assert set(plan.segments) <= {"prologue", "gradient", "update", "query", "reptile"}
+    assert set(plan.segments) <= {"begin", "gradient", "update", "query", "reptile"}
     assert all(not b.steps for b in plan.buffers.values() if b.kind == "mask")
 
 

@@ -183,7 +183,7 @@ def run_halves(executor, case: Case, outer, dtype: torch.dtype = torch.float64) 
     logits = [v.clone().requires_grad_() for v in forward.values["logits"].split(case.batch.query_sizes)]
     losses = torch.stack([outer(z, case.batch.task(t)[3]) for t, z in enumerate(logits)])
     dlogits = torch.autograd.grad(losses.mean(), logits)
-    return losses.detach(), executor.reverse(forward.state, list(dlogits)).values
+    return losses.detach(), executor.reverse(forward.state, {"dlogits": torch.cat(dlogits)}).values
 
 
 def focal(z: Tensor, y: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ def test_the_hessian_is_symmetric(kind: str, memory: str) -> None:
             case.batch.query_sizes[0], 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
         full, u = (
-            torch.cat([e.reverse(e.forward(case.call(total=True)).state, [d]).values[n].flatten() for n in adapted])
+            torch.cat([e.reverse(e.forward(case.call(total=True)).state, {"dlogits": d}).values[n].flatten() for n in adapted])
             for e in (second, first)
         )
         return u, u - full

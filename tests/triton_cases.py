@@ -15,12 +15,14 @@ import pytest
 import torch
 import triton.language as tl
 from random_programs import Case, error, gradients, norm, numbers_for, random_case
-from test_torch_executor import OPTIONS, focal, option_case, run_halves
+from test_torch_executor import OPTIONS, focal, option_case, run_halves, small_program
 from torch import Tensor
 
 import fastmaml
 from fastmaml.executors import torch_kernels
 from fastmaml.executors.call import Results
+from fastmaml.executors.cuda import CudaExecutor
+from fastmaml.executors.mixed import MixedExecutor
 from fastmaml.executors.torch import Task, TorchExecutor
 from fastmaml.executors.triton import INTERPRETED, TritonExecutor, Workspace
 from fastmaml.executors.triton_fusion import Fused, fuse
@@ -31,7 +33,8 @@ from fastmaml.executors.triton_storage import Bucket, View
 from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.plan import Arrangement, Plan, Rate
 from fastmaml.plan.instructions import Instruction
-from fastmaml.program import ProgramBuilder
+from fastmaml.plan.parts import divide
+from fastmaml.program import Loss, ProgramBuilder
 
 
 def patch_once() -> None:
@@ -523,6 +526,59 @@ def test_halves_around_a_torch_loss() -> None:
     assert sum(map(len, executor._idle.values())) == 1, "the workspace went back"
 
 
+class OnTheHost(CudaExecutor):
+    """The cuda executor, where there is no GPU as host code."""
+
+    def __init__(self, plan: Plan) -> None:
+        host = pytest.importorskip("fastmaml._cuda_host") if INTERPRETED else None
+        super().__init__(plan, native=host)
+
+
+@pytest.mark.parametrize("entry", ["train", "halves"])
+@pytest.mark.parametrize("option", ["plain", "learned-per-tensor-and-step"])
+def test_around_an_inner_loop_on_another(option: str, entry: str) -> None:
+    """ANIL: the body here, the head's inner loop on the cuda executor, with equal masks; twice, for the second call of a GPU replays graphs."""
+    case = small("conv", option)
+    program = small_program("conv", outer=("body", "norm"))
+    rates = {name: rate for name, rate in case.arrangement.rates.items() if name.startswith("head")}
+    case = on_device(dataclasses.replace(case, program=program, arrangement=dataclasses.replace(case.arrangement, rates=rates)))
+    plan = case.plan(entry=entry, record_masks=True)
+    parts = divide(plan, lambda segment: "elsewhere" if segment.name.startswith(("prologue", "epilogue")) else None)
+    around = TritonExecutor(parts.around, "highest")
+    executor = MixedExecutor(plan, parts, around, OnTheHost(parts.inside))
+    for _ in range(2):
+        got, truth = executor.forward(case.call(torch.float32, record=True)), TorchExecutor(plan)
+        assert got.executor == "triton + cuda" and got.precision == "highest" and got.finite.all()
+        masks = {key: value for key, value in got.values.items() if isinstance(key, tuple)}
+        exact = truth.forward(case.call(replay=masks))
+        assert {name for name, _ in masks} == {name for name in plan.results if plan.buffers[name].kind in ("mask", "index")}
+        assert error({"z": got.values["logits"]}, {"z": exact.values["logits"]}, ZERO) <= 1e-5
+        if entry == "halves":
+            given = {"dlogits": torch.tanh(exact.values["logits"])}
+            got, exact = executor.reverse(got.state, given), truth.reverse(exact.state, given)
+        names = [name for name in plan.results if name.startswith("grad.")]
+        assert got.all_finite and error(got.values, {name: exact.values[name] for name in names}, ZERO) <= 1e-5
+    del got
+    assert sum(map(len, around._idle.values())) == 1, "the workspace went back"
+
+
+def test_what_comes_late_decides_on_the_sums() -> None:
+    """A task that the inner loop has lost is in none of the sums; what is late may have steps."""
+    b = ProgramBuilder((3,))
+    v = b.op("tanh", b.op("linear", 0, b.leaf("body", (4, 3), "outer")))
+    program = b.build(b.op("linear", v, b.leaf("head", (2, 4), "adapted")))
+    a = Arrangement(steps=2, loss=Loss("mse"), rates={"head": Rate("lr", (2, 4), True, True)})
+    case = on_device(numbers_for(program, a, 0, [(3, 2), (2, 4), (4, 1)]))
+    case.batch.query_y[2] = 1e20  # of task 1: its loss is infinite, and nothing else
+    plan, names = case.plan(), ("grad.body", "grad.head", "grad.lr")
+    parts = divide(plan, lambda segment: "elsewhere" if segment.name.startswith(("prologue", "epilogue")) else None)
+    got = MixedExecutor(plan, parts, TritonExecutor(parts.around, "highest"), OnTheHost(parts.inside)).forward(case.call(torch.float32))
+    weights = torch.tensor([1 / 3, 0.0, 1 / 3], dtype=torch.float64)
+    truth = TorchExecutor(plan).forward(case.call(task_weights=weights)).values
+    assert got.finite.tolist() == [True, False, True] and not got.all_finite
+    assert error(got.values, {name: truth[name] for name in names}, ZERO) <= 1e-5
+
+
 def net() -> torch.nn.Module:
     torch.manual_seed(0)
     layers = torch.nn.Conv2d(2, 5, 3, padding=1), torch.nn.BatchNorm2d(5), torch.nn.ReLU(), torch.nn.MaxPool2d(2)
@@ -588,3 +644,21 @@ def test_out_of_memory_names_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         executor.forward(case.call(torch.float32))
     monkeypatch.undo()
     assert executor.forward(case.call(torch.float32)).all_finite
+
+
+def test_objects_make_room_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first allocation fails; what another object has kept is let go, and the second one succeeds."""
+    case = on_device(small("linear", "plain", 0))
+    first, second = TritonExecutor(case.plan()), TritonExecutor(case.plan())
+    first.forward(case.call(torch.float32))
+    assert sum(map(len, first._idle.values())) == 1
+    fails = [True]
+
+    def tight(*arguments: Any) -> Workspace:
+        if fails.pop() if fails else False:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return Workspace(*arguments)
+
+    monkeypatch.setattr("fastmaml.executors.triton.Workspace", tight)
+    assert second.forward(case.call(torch.float32)).all_finite and not any(first._idle.values())
+    assert first.forward(case.call(torch.float32)).all_finite

@@ -102,9 +102,9 @@ class AutogradExecutor(TorchExecutor):
         with self.function.running():
             return super().forward(call)
 
-    def reverse(self, state: Any, dlogits: list[Tensor]) -> Results:
+    def reverse(self, state: Any, given: Mapping[str, Tensor]) -> Results:
         with self.function.running():
-            return super().reverse(state, dlogits)
+            return super().reverse(state, given)
 
     # ------------------------------------------------------------------------------------------------------- around the sweep
     def _task(self, call: Call, meta: dict[Key, Any], t: int) -> Task:

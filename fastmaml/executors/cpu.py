@@ -19,7 +19,7 @@ from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
 from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
 from fastmaml.executors.cpu_rules import native
-from fastmaml.plan.instructions import Plan
+from fastmaml.plan.instructions import Plan, Segment
 
 try:
     from fastmaml import _cpu
@@ -82,12 +82,13 @@ class Prepared:
         self.task_buffers = self.lowering.task_buffers
         at = {name: i for i, name in enumerate(self.task_buffers)}
         self.data = [(at[name], i, _INT if plan.buffers[name].kind == "label" else _REAL) for i, name in enumerate(_DATA) if name in at]
-        self.leaves = [(at[name], name) for name in self.task_buffers if name in plan.inputs and name not in (*_DATA, "dlogits")]
+        self.leaves = [(at[name], name) for name in self.task_buffers if name in plan.inputs and name not in (*_DATA, *plan.late)]
+        self.late = [(at[name], name) for name in plan.late]
         masks = [name for name in plan.results if plan.buffers[name].kind in ("mask", "index")]
         self.results = [(at[name], name) for name in self.task_buffers if name in plan.results and name not in masks]
-        known = {*_DATA, *(name for _, name in (*self.leaves, *self.results)), "dlogits"}
+        self.half_of = {ref.buffer: p.half for p in plan.schedule for s in p.segments for i in plan.segments[s].instructions for ref in i.writes()}
+        known = {*_DATA, *(name for _, name in (*self.leaves, *self.late, *self.results))}
         self.kept = [(at[name], name) for name in self.task_buffers if name not in known]
-        self.dlogits = at.get("dlogits")
         shapes = {name: ((b.steps,) if b.steps else ()) + b.shape for name in self.outputs for b in (plan.buffers[name],)}
         self.gradients = {name: _template(shape) for name, shape in shapes.items()}
         self.idle: dict[tuple[int, ...], list[Workspace]] = {}
@@ -117,14 +118,14 @@ class Prepared:
         pointers = [0] * len(self.task_buffers)
         for i, name in self.kept:
             pointers[i] = _aligned(arrays[name])
-        results = [(i, name, _template(self.shape_of(name, key[0], key[3]))) for i, name in self.results]
+        results = [(i, name, _template(self.shape_of(name, key[0], *key[2:]))) for i, name in self.results]
         return Workspace(_bytes(meta), _bytes(work), arrays, pointers, results, _template((key[0],), torch.bool))
 
-    def shape_of(self, name: str, tasks: int, query: int) -> tuple[int, ...]:
+    def shape_of(self, name: str, tasks: int, support: int, query: int) -> tuple[int, ...]:
         """Of a result, its rows padded where it is an array of each task (see ``shaped``)."""
         buffer = self.plan.buffers[name]
         if buffer.rows:
-            return query, *buffer.shape
+            return {"support": support, "query": query}[buffer.rows], *buffer.shape
         if buffer.shape == ():
             return (tasks, buffer.steps) if buffer.steps else (tasks,)
         return tasks, self.lowering.kept_bytes(name) // 4
@@ -134,7 +135,8 @@ class Prepared:
         for _, name in self.results:
             buffer = self.plan.buffers[name]
             if name in values and buffer.shape and not buffer.rows:
-                values[name] = values[name][:, : buffer.numel].reshape(len(values[name]), *buffer.shape)
+                tasks, steps = len(values[name]), (buffer.steps,) if buffer.steps else ()
+                values[name] = values[name].view(tasks, *steps, -1)[..., : buffer.numel].reshape(tasks, *steps, *buffer.shape)
         for name, first in self.lowering.first_slot.items():
             if first and name in values:
                 values[name] = values[name][:, first:]
@@ -210,18 +212,26 @@ class CpuExecutor:
         self._prepared: OrderedDict[tuple[int, int], Prepared] = OrderedDict()
 
     @staticmethod
+    def unavailable() -> str | None:
+        """Why it can run nothing here, or None."""
+        return None if _cpu is not None else f"fastmaml._cpu could not be imported: {IMPORT_ERROR}"
+
+    @staticmethod
+    def why_not_segment(plan: Plan, segment: Segment) -> str | None:
+        """What the executor has no kernel for, or None."""
+        for group in segment.groups:
+            for instr in group.instructions:
+                try:
+                    native(instr, plan.buffers, group.rows)
+                except NotImplementedError as error:
+                    return str(error)
+        return None
+
+    @staticmethod
     def why_not(plan: Plan) -> str | None:
         """Why the executor cannot run a Plan, or None."""
-        if _cpu is None:
-            return f"fastmaml._cpu could not be imported: {IMPORT_ERROR}"
-        for segment in plan.segments.values():
-            for group in segment.groups:
-                for instr in group.instructions:
-                    try:
-                        native(instr, plan.buffers, group.rows)
-                    except NotImplementedError as error:
-                        return str(error)
-        return None
+        segments = (CpuExecutor.why_not_segment(plan, segment) for segment in plan.segments.values())
+        return CpuExecutor.unavailable() or next(filter(None, segments), None)
 
     def prepared(self, support: int, query: int) -> Prepared:
         key = (support, query)
@@ -249,8 +259,9 @@ class CpuExecutor:
             data[i] = tensor = _as(stored[part], dtype)
             pointers[i] = tensor.data_ptr()
         for i, name, template in workspace.results:
-            values[name] = tensor = torch.empty_like(template)
-            pointers[i] = tensor.data_ptr()
+            if prepared.half_of[name] == 0:
+                values[name] = tensor = torch.empty_like(template)
+                pointers[i] = tensor.data_ptr()
         for i, name in prepared.leaves:
             data[i] = tensor = _as(call.leaves[name], _REAL)
             pointers[i] = tensor.data_ptr()
@@ -269,19 +280,20 @@ class CpuExecutor:
         values.update(gradients)
         return Results(values, finite, state, self.name, all_finite)
 
-    def reverse(self, state: State, dlogits: list[Tensor]) -> Results:
+    def reverse(self, state: State, given: Mapping[str, Tensor]) -> Results:
         prepared, call, kept = state.lowering, state.call, state.workspace
         for i, tensor in state.data.items():
             if tensor._version != state.versions[i]:
                 name = prepared.task_buffers[i]
                 raise RuntimeError(f"{name} was changed in place between forward and backward: pass a copy to maml(...)")
         threads = self.threads or torch.get_num_threads()
-        joined = torch.cat([d.to(torch.float32) for d in dlogits]).contiguous()
-        values = {name: torch.empty_like(template) for _, name, template in kept.results if name.startswith("grad.")}  # of a task's own leaves
+        late = {i: _as(given[name], _REAL) for i, name in prepared.late}
+        values = {name: torch.empty_like(template) for _, name, template in kept.results if prepared.half_of[name] == 1}
         pointers = kept.pointers.copy()
         for i, name, _ in kept.results:
             pointers[i] = values[name].data_ptr() if name in values else 0
-        pointers[prepared.dlogits] = joined.data_ptr()
+        for i, tensor in late.items():
+            pointers[i] = tensor.data_ptr()
         gradients, finite = self._gradients(prepared, call), state.finite.clone()
         # the workspace was laid out for the forward half's threads; kept and packed arrays do not depend on them
         work = _bytes(prepared.sizes(_keys(call.batch.support_sizes, call.batch.query_sizes, threads)[1])[1])

@@ -147,8 +147,10 @@ class Lowering(Storage):
         return replace(call, sizes=(1, panels, taps, inputs // taps * width, *broadcast), packed=call.together)
 
     def _copies(self, call: Native, home: str) -> Iterable[Native]:
-        """A copy between arrays that lie in different ways (a reshape may make one) is a conversion."""
+        """A copy between arrays that lie in different ways (a reshape may make one) is a conversion; a number that leaves has no padding."""
         x, y = call.operands
+        if self.buffers[y.buffer].shape == () and self._outside(self.buffers[y.buffer]):
+            return [Native("copy_rows_fwd", (x, y), (1,))]
         source, target = (self.packed.get(ref.buffer) for ref in (x, y))
         if source == target:
             return [call]

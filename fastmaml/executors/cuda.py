@@ -13,7 +13,7 @@ finite flags, when somebody asks for them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors import nvrtc
-from fastmaml.executors.call import Call, Results
+from fastmaml.executors.call import Call, DeviceResults, Results, capturing, with_room
 from fastmaml.executors.cpu import LOWERINGS, Prepared
 from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
 from fastmaml.executors.cpu_rules import native as native_call
 from fastmaml.executors.cpu_storage import pad
-from fastmaml.plan.instructions import Plan
+from fastmaml.plan.instructions import Plan, Segment
 
 try:
     from fastmaml import _cuda
@@ -42,23 +42,6 @@ WHOLE = 1 << 30  # rows of a block: all of them, nothing is gained by fewer
 KERNELS = 8  # compiled for one Plan: halves, and sizes of tasks
 UPLOADS = 64  # small arrays kept on each device: offsets, ways, task weights
 _REAL = torch.float32
-
-
-class DeviceResults(Results):
-    """Whose ``all_finite`` is read from the device when it is asked for. While a graph is captured nothing can be read: it is True then, and with
-    ``strict`` the gradients of a replay that finds a task not finite stay as they were."""
-
-    __slots__ = ("_known",)
-
-    @property
-    def all_finite(self) -> bool:
-        if self._known is None:
-            self._known = bool(self.finite.all())
-        return self._known
-
-    @all_finite.setter
-    def all_finite(self, known: bool | None) -> None:
-        self._known = known
 
 
 @dataclass
@@ -144,28 +127,37 @@ class CudaExecutor:
         return None if count else f"CUDA finds no device: {why}"
 
     @staticmethod
+    def why_not_segment(plan: Plan, segment: Segment, native: ModuleType | None = None) -> str | None:
+        """What the executor has no device function for, or None."""
+        known = set((native or _cuda).kernels())
+        for group in segment.groups:
+            for instr in group.instructions:
+                if instr.kernel == "reshape_fwd" and instr.inputs[0].buffer in plan.inputs:  # of the caller's data: the same memory
+                    continue
+                try:
+                    call = native_call(instr, plan.buffers, group.rows)
+                except NotImplementedError as error:
+                    return str(error)
+                if call.kernel not in known or call.pixels != 1:
+                    return f"{instr.kernel} has no device function: it runs networks of vectors, not of images"
+        return None
+
+    @staticmethod
     def why_not(plan: Plan, native: ModuleType | None = None) -> str | None:
         """Why the executor cannot run a Plan, or None."""
-        module, why = native or _cuda, CudaExecutor.unavailable(native)
+        module, segments = native or _cuda, (CudaExecutor.why_not_segment(plan, segment, native) for segment in plan.segments.values())
+        why = CudaExecutor.unavailable(native) or next(filter(None, segments), None)
         if why:
             return why
-        known = set(module.kernels())
-        for segment in plan.segments.values():
-            for group in segment.groups:
-                for instr in group.instructions:
-                    try:
-                        call = native_call(instr, plan.buffers, group.rows)
-                    except NotImplementedError as error:
-                        return str(error)
-                    if call.kernel not in known or call.pixels != 1:
-                        return f"{instr.kernel} has no device function: it runs networks of vectors, not of images"
         try:
             ids = {name: i for i, name in enumerate(module.all_kernels())}
             lowering = Lowering(plan, rows_capacity(1, 1), ids, WHOLE)
             module.Plan(lowering.words, lowering.scratch_at, 48 * 1024, 0)
         except RuntimeError as error:  # a limit, named
             return str(error)
-        return None
+        known = set(module.kernels())
+        lowered = (step.call.kernel for _, groups in lowering.phases for _, steps in groups for step in steps)
+        return next((f"{kernel} has no device function" for kernel in lowered if kernel not in known), None)
 
     def prepared(self, batch: TaskBatch) -> CudaPrepared:
         device = batch.support_x.device
@@ -181,15 +173,15 @@ class CudaExecutor:
     def memory(self, batch: TaskBatch) -> dict[str, int]:
         """Bytes that a call lays out, beside the caller's tensors and the results, and the shared memory of a block."""
         prepared = self.prepared(batch)
+        return {**self._bytes(prepared, batch), "shared memory of a block": prepared.native.shared_arena_bytes}
+
+    @staticmethod
+    def _bytes(prepared: CudaPrepared, batch: TaskBatch) -> dict[str, int]:
+        """Of the device's memory."""
         sizes = prepared.layout(batch)
         meta, arenas, sums = (sizes.pop(name) for name in ("meta", "arenas", "sums"))
-        return {
-            "parameters and gradients, packed": meta,
-            "tasks in flight": arenas,
-            "gradients of every task": sums,
-            "kept for every task": sum(sizes.values()),
-            "shared memory of a block": prepared.native.shared_arena_bytes,
-        }
+        words = "parameters and gradients, packed", "tasks in flight", "gradients of every task", "kept for every task"
+        return dict(zip(words, (meta, arenas, sums, sum(sizes.values())), strict=True))
 
     @property
     def how(self) -> str:
@@ -203,15 +195,13 @@ class CudaExecutor:
     def forward(self, call: Call) -> Results:
         batch, prepared = call.batch, self.prepared(call.batch)
         memory, at = self._lay_out(prepared, batch)
-        stored, values, sizes = batch.stored(), {}, (len(batch), sum(batch.query_sizes))
+        stored = batch.stored()
         given = {i: _as(stored[part], dtype) for i, part, dtype in prepared.data}
         given |= {i: _as(call.leaves[name], _REAL) for i, name in prepared.leaves}
         pointers = self._kept(prepared, at)
         for i, tensor in given.items():
             pointers[i] = tensor.data_ptr()
-        for i, name in prepared.results:
-            values[name] = torch.empty(prepared.shape_of(name, *sizes), dtype=_REAL, device=prepared.device)
-            pointers[i] = values[name].data_ptr()
+        values = self._values(prepared, batch, 0, pointers)
         finite = torch.empty(len(batch), dtype=torch.bool, device=prepared.device)
         gradients = self._gradients(prepared, call) if self.plan.entries == 1 else {}
         self._execute(prepared, call, 0, pointers, gradients, at, finite)
@@ -222,26 +212,21 @@ class CudaExecutor:
             state = State(call, prepared, memory, at, given, {i: tensor._version for i, tensor in given.items()}, finite)
         return self._results(prepared, values, gradients, finite, state)
 
-    def reverse(self, state: State, dlogits: list[Tensor]) -> Results:
+    def reverse(self, state: State, given: Mapping[str, Tensor]) -> Results:
         prepared, call = state.prepared, state.call
         for i, tensor in state.given.items():
             if tensor._version != state.versions[i]:
                 raise RuntimeError(f"{prepared.task_buffers[i]} was changed in place between forward and backward: pass a copy to maml(...)")
-        joined = torch.cat([d.to(_REAL) for d in dlogits]).contiguous()
-        pointers, values, sizes = self._kept(prepared, state.at), {}, (len(call.batch), sum(call.batch.query_sizes))
-        for i, tensor in state.given.items():
+        pointers, late = self._kept(prepared, state.at), {i: _as(given[name], _REAL) for i, name in prepared.late}
+        for i, tensor in (*state.given.items(), *late.items()):
             pointers[i] = tensor.data_ptr()
-        for i, name in prepared.results:
-            if name.startswith("grad."):  # of a task's own leaves
-                values[name] = torch.empty(prepared.shape_of(name, *sizes), dtype=_REAL, device=prepared.device)
-                pointers[i] = values[name].data_ptr()
-        pointers[prepared.dlogits] = joined.data_ptr()
+        values = self._values(prepared, call.batch, 1, pointers)
         gradients, finite = self._gradients(prepared, call), state.finite.clone()
         self._execute(prepared, call, 1, pointers, gradients, state.at, finite)
         return self._results(prepared, values, gradients, finite, None)
 
     def _results(self, prepared: CudaPrepared, values: dict, gradients: dict, finite: Tensor, state: State | None) -> Results:
-        known = True if _capturing(prepared.device) else None
+        known = True if capturing(prepared.device) else None
         return DeviceResults({**prepared.shaped(values), **gradients}, finite, state, self.name, known)
 
     def _execute(self, prepared: CudaPrepared, call: Call, half: int, pointers: list[int], gradients: dict, at: dict[str, int], finite: Tensor) -> None:
@@ -252,7 +237,7 @@ class CudaExecutor:
         outputs = [gradients[name].data_ptr() if name in gradients else 0 for name in prepared.outputs]
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         counters = self._counters_of(device, stream)
-        if _capturing(device):
+        if capturing(device):
             self._captured += [prepared, tables]
         blocks = min(prepared.blocks(len(batch)), self.most_blocks or WHOLE)
         self.native.execute(
@@ -292,13 +277,7 @@ class CudaExecutor:
         """One piece of memory, and the address of each part of it."""
         sizes = prepared.layout(batch)
         total = sum(pad(size, 64) for size in sizes.values())
-        try:
-            memory = torch.empty(total + 64, dtype=torch.uint8, device=prepared.device)
-        except torch.OutOfMemoryError as error:
-            parts = ", ".join(f"{name} {size / 2**20:.1f} MB" for name, size in self.memory(batch).items())
-            raise torch.OutOfMemoryError(
-                f"the Plan of {len(batch)} tasks needs {total / 2**20:.1f} MB of device memory beside the tasks ({parts}): give fewer tasks at once"
-            ) from error
+        memory = with_room(lambda: torch.empty(total + 64, dtype=torch.uint8, device=prepared.device), len(batch), prepared.device, lambda: self._bytes(prepared, batch))
         at, end = {}, pad(memory.data_ptr(), 64)
         for name, size in sizes.items():
             at[name], end = end, end + pad(size, 64)
@@ -310,6 +289,16 @@ class CudaExecutor:
         for i, name in prepared.kept:
             pointers[i] = at[name]
         return pointers
+
+    @staticmethod
+    def _values(prepared: CudaPrepared, batch: TaskBatch, half: int, pointers: list[int]) -> dict[str, Tensor]:
+        """Room for what one half leaves behind, but for the gradients."""
+        values, sizes = {}, (len(batch), sum(batch.support_sizes), sum(batch.query_sizes))
+        for i, name in prepared.results:
+            if prepared.half_of[name] == half:
+                values[name] = torch.empty(prepared.shape_of(name, *sizes), dtype=_REAL, device=prepared.device)
+                pointers[i] = values[name].data_ptr()
+        return values
 
     def _gradients(self, prepared: CudaPrepared, call: Call) -> dict[str, Tensor]:
         """Where the gradients go: the caller's own arrays (added to), or new ones."""
@@ -332,7 +321,7 @@ class CudaExecutor:
 
     def _counters_of(self, device: torch.device, stream: int) -> Tensor:
         """Zeros, which every launch leaves as zeros: one set for each stream, and one for each captured launch."""
-        if _capturing(device):
+        if capturing(device):
             return torch.zeros(self.native.counters, dtype=torch.int32, device=device)
         key = (device, stream)
         if key not in self._counters:
@@ -348,12 +337,8 @@ class CudaExecutor:
 
     @staticmethod
     def _not_while_capturing(device: torch.device) -> None:
-        if _capturing(device):
+        if capturing(device):
             raise RuntimeError("the cuda executor has not run tasks of these sizes yet: call it once before the graph is captured")
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

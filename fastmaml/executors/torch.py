@@ -61,10 +61,11 @@ class TorchExecutor:
         return self._half(call, meta, tasks, half=0)
 
     @torch.no_grad()
-    def reverse(self, state: Any, dlogits: list[Tensor]) -> Results:
+    def reverse(self, state: Any, given: Mapping[str, Tensor]) -> Results:
         call, meta, tasks = state
-        for task, d in zip(tasks, dlogits, strict=True):
-            task.env["dlogits", 0] = d.to(self.dtype)
+        for task in tasks:
+            for name in self.plan.late:
+                task.env.update(self._share(name, given[name], task.index, call.batch))
         return self._half(call, meta, tasks, half=1)
 
     # ------------------------------------------------------------------------------------------------------- filling in
@@ -85,10 +86,21 @@ class TorchExecutor:
                 env[name, 0] = value if self.plan.buffers[name].kind == "label" else value.to(self.dtype)
         for name, value in call.leaves.items():
             if name in self.plan.buffers and self.plan.buffers[name].home == "task":
-                env[name, 0] = value[t].detach()
+                env.update(self._share(name, value, t, call.batch))
         rows = {"support": len(support_x), "query": len(query_x), "joint": len(support_x) + len(query_x)}
         ways = 0 if call.batch.ways is None else int(call.batch.ways[t])
         return Task(t, rows, ways, env)
+
+    def _share(self, name: str, value: Tensor, t: int, batch: TaskBatch) -> dict[Key, Tensor]:
+        """What one task has of an array of all tasks."""
+        buffer = self.plan.buffers[name]
+        if buffer.rows:
+            offsets = {"support": batch.support_offsets, "query": batch.query_offsets}[buffer.rows]
+            own = value[offsets[t] : offsets[t + 1]]
+        else:
+            own = value[t]
+        own = own.detach().to(self.dtype)
+        return {(name, slot): own[slot] if buffer.steps else own for slot in range(max(buffer.steps, 1))}
 
     # ------------------------------------------------------------------------------------------------------- running
     def _half(self, call: Call, meta: dict[Key, Any], tasks: list[Task], half: int) -> Results:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmaml.batch import TaskBatch
-from fastmaml.executors.call import Call, Results
+from fastmaml.executors.call import KEEPERS, Call, DeviceResults, Results, capturing, with_room
 from fastmaml.executors.triton_fusion import fuse
 from fastmaml.executors.triton_lowering import Lowering
 from fastmaml.executors.triton_rules import RULES
@@ -100,6 +101,7 @@ class TritonExecutor:
     def __init__(self, plan: Plan, precision: str = "high") -> None:
         self.plan, self.fused, self.precision = plan, fuse(plan), precision
         self._idle: OrderedDict[Any, list[Workspace]] = OrderedDict()
+        KEEPERS.add(self)
 
     @staticmethod
     def why_not(plan: Plan, device: torch.device) -> str | None:
@@ -132,7 +134,7 @@ class TritonExecutor:
             stored = zip(_DATA, (batch.support_x, batch.support_y, batch.query_x, batch.query_y), strict=True)
             given = {**call.weights, **call.rates, **call.leaves, **dict(stored)}
             for name in self.plan.inputs:
-                if name != "dlogits":
+                if name not in self.plan.late:
                     workspace.storage.write(name, given[name])
             workspace.run(0)
             results = self._results(workspace, call, 0)
@@ -144,14 +146,15 @@ class TritonExecutor:
         return results
 
     @torch.no_grad()
-    def reverse(self, state: State, dlogits: list[Tensor]) -> Results:
+    def reverse(self, state: State, given: Mapping[str, Tensor]) -> Results:
         with _on(state.workspace.device):
-            state.workspace.storage.write("dlogits", torch.cat(dlogits))
+            for name in self.plan.late:
+                state.workspace.storage.write(name, given[name])
             state.workspace.run(1)
             return self._results(state.workspace, state.call, 1)
 
     def _results(self, workspace: Workspace, call: Call, half: int) -> Results:
-        """Copies of everything that leaves."""
+        """Copies of everything that leaves with this half. Nothing waits for the device until somebody asks whether all tasks are finite."""
         storage, written = workspace.storage, workspace.lowering.written[half]
         values: dict[Any, Any] = {}
         for name in self.plan.results:
@@ -167,8 +170,7 @@ class TritonExecutor:
                 values[name] = torch.stack([storage.read(name, slot) for slot in slots], 0 if buffer.home == "meta" else 1)
             else:
                 values[name] = storage.read(name, 0, sum(rows))
-        finite = storage.finite.cpu().bool()  # waits for the device
-        return Results(values, finite, None, self.name, bool(finite.all()), self.precision)
+        return DeviceResults(values, storage.finite.bool(), None, self.name, True if capturing(workspace.device) else None, self.precision)
 
     @staticmethod
     def _decisions(rows: Tensor, kind: str, sizes: list[int]) -> list[Tensor]:
@@ -190,22 +192,12 @@ class TritonExecutor:
             return key, idle.pop()  # atomic: two threads never get the same one
         except IndexError:
             pass
-        return key, self._new(bucket, device, batch)
+        return key, with_room(lambda: Workspace(self.fused, bucket, device, self.precision), len(batch), device, lambda: self.memory(batch))
 
-    def _new(self, bucket: Bucket, device: torch.device, batch: TaskBatch) -> Workspace:
-        """A workspace; idle ones of other buckets make room for it."""
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            return Workspace(self.fused, bucket, device, self.precision)
-        self._idle.clear()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            return Workspace(self.fused, bucket, device, self.precision)
-        except torch.cuda.OutOfMemoryError as error:
-            parts = self.memory(batch)
-            listed = ", ".join(f"{home} {size:,}" for home, size in parts.items())
-            message = f"the Plan of {len(batch)} tasks needs {sum(parts.values()):,} bytes on {device} ({listed}), which are not free: pass fewer tasks at once"
-            raise torch.cuda.OutOfMemoryError(message) from error
+    def let_go(self) -> None:
+        """Of the workspaces that nobody uses."""
+        for idle in list(self._idle.values()):
+            idle.clear()
 
     def _give_back(self, key: Any, workspace: Workspace) -> None:
         self._idle.setdefault(key, []).append(workspace)

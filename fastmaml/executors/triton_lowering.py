@@ -29,7 +29,7 @@ class Lowering:
     """The launches of ``plan`` for batches of a bucket, and the storage that they work on. On the device "meta" nothing can run.
 
     halves   of each entry of the Plan, its launches
-    written  after each half, the (buffer, slot) that hold something
+    written  by each half, the (buffer, slot) that it fills
     """
 
     def __init__(self, plan: Plan, bucket: Bucket, device: torch.device | str, precision: str = "high") -> None:
@@ -38,9 +38,10 @@ class Lowering:
         self.site = Site(self.storage)
         self.halves, self.written, done = [], [], {}
         for half in range(plan.entries):
+            before = set(done)
             self._half(half, done)
             self.halves.append(self.site.launches)
-            self.written.append(tuple(done))
+            self.written.append(tuple(key for key in done if key not in before))
             self.site.launches = []
         self._place([launch for half in self.halves for launch in half])
 
@@ -51,6 +52,8 @@ class Lowering:
 
     def _half(self, half: int, done: dict[tuple[str, int], None]) -> None:
         phases = [phase for phase in self.plan.schedule if phase.half == half]
+        if half:
+            done.update(((name, slot), None) for name in self.plan.late for slot in range(max(self.plan.buffers[name].steps, 1)))
         of_tasks = [i for i, phase in enumerate(phases) if phase.scope == "task"]
         first = of_tasks[0] if of_tasks else len(phases)
         last = half == self.plan.entries - 1

@@ -164,8 +164,10 @@ class Storage:
 
     # ------------------------------------------------------------------------------------------------------- in and out
     def write(self, name: str, value: Tensor) -> None:
-        """Fills a buffer with ``value``, in the Plan's order: [slots?, tasks or rows?, ...]."""
-        for slot, part in enumerate(value if self.plan.buffers[name].steps else [value]):
+        """Fills a buffer with ``value``, in the Plan's order: [slots?, ...] of one array for all; [rows, ...]; [tasks, slots?, ...]."""
+        buffer = self.plan.buffers[name]
+        slots = value.unbind(0 if buffer.home == "meta" else 1) if buffer.steps else [value]
+        for slot, part in enumerate(slots):
             self.write_slot(name, slot, part)
 
     def write_slot(self, name: str, slot: int, value: Tensor) -> None:

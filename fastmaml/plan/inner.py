@@ -13,7 +13,7 @@ from fastmaml.plan.passes import Pass
 
 
 class Inner(Frame):
-    """prologue, gradient."""
+    """prologue, begin (of the state), gradient."""
 
     def _prologue(self) -> None:
         self.meta = self._pass("meta", self.ops["meta"], "query")
@@ -32,13 +32,14 @@ class Inner(Frame):
                 self.features[extent] = {op.output: self.prefix[extent].value[op.output] for op in self.ops["task"]}
             if self.joint_body:
                 self._split_features()
+        self.segments["begin"] = []
         for leaf in self.adapted:
             if self._is_factor(leaf):
-                self.segments["prologue"].append(Instruction("zero_fwd", (), (Ref(f"theta.{leaf.name}"),)))
+                self.segments["begin"].append(Instruction("zero_fwd", (), (Ref(f"theta.{leaf.name}"),)))
             elif leaf.name in self.in_place:
-                self.segments["prologue"].append(Instruction("copy_fwd", (Ref(leaf.name),), (Ref(f"theta.{leaf.name}"),)))
+                self.segments["begin"].append(Instruction("copy_fwd", (Ref(leaf.name),), (Ref(f"theta.{leaf.name}"),)))
         differentiable = differentiable_values(self.program)
-        self.segments["prologue"] += self.update.begin() if self.steps else []
+        self.segments["begin"] += self.update.begin() if self.steps else []
         self.zeta = [v for v in self._consumed(self.ops["step"], ("meta", "task")) if v in differentiable]
         self.zeta += [leaf.value for leaf in self.program.leaves if leaf.per_step and leaf.role == "outer"]
 

@@ -123,7 +123,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole meta-iteration. ``results`` maps public names (loss.query, grad.<leaf>, theta.<leaf> ...) to buffers."""
+    """A whole meta-iteration, or a part of one (parts.py). ``results``: public names (loss.query, grad.<leaf>, adapted.<leaf> ...) of buffers."""
 
     name: str
     steps: int
@@ -134,6 +134,7 @@ class Plan:
     results: tuple[str, ...]
     inputs: tuple[str, ...]  # buffers the caller fills: leaves, rates, task data
     entries: int = 1  # 2: a forward half and a reverse half (outer_loss=)
+    late: tuple[str, ...] = ()  # the inputs that come with the reverse half
 
     def instructions(self) -> Iterator[tuple[str, Instruction]]:
         for segment in self.segments.values():

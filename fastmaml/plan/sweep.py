@@ -1,6 +1,7 @@
 """The one sweep over inner steps and back: a Program and an Arrangement become a Plan.
 
     prologue   what does not depend on the adapted leaves: weight expressions once per meta-iteration, frozen layers once per task
+    begin      theta_0 and the inner optimizer's state, where these do not begin as the leaves are
     k = 0..K-1 gradient at theta_k on the support rows; theta_{k+1} = update(theta_k, g_k, rate_k)
     query      outer loss at theta_K (with multi-step losses at every step); theta_bar = its gradient, zeta_bar = that of every other leaf
     k = K-1..0 u = cotangent of g_k; HVP in direction u: theta_bar += H_theta,theta u, zeta_bar += H_zeta,theta u; rate gradients
@@ -89,7 +90,8 @@ class _Sweep(Inner, Outer, Reverse, Implicit, Epilogue):
         k, first = self.steps, self.a.query_from
         half = 1 if self.a.entry == "halves" else 0
         back = ("update_bwd", "hvp")
-        phases = [Phase(("prologue_meta",), "meta"), Phase(("prologue_batch",), "batch"), Phase(("prologue",)), Phase(("gradient", "update"), start=0, stop=k)]
+        phases = [Phase(("prologue_meta",), "meta"), Phase(("prologue_batch",), "batch"), Phase(("prologue",)), Phase(("begin",))]
+        phases.append(Phase(("gradient", "update"), start=0, stop=k))
         phases.append(Phase(("query",), start=k, stop=k + 1))
         phases.append(Phase(("reptile",), start=k, stop=k + 1))
         phases.append(Phase(("query_reverse",), start=k, stop=k + 1, half=half))
@@ -130,4 +132,5 @@ class _Sweep(Inner, Outer, Reverse, Implicit, Epilogue):
         buffers = assign_homes(unkept(buffers, segments, results), segments, schedule, results)
         inputs = tuple(name for name in self.inputs if name in used)
         entries = 2 if self.a.entry == "halves" else 1
-        return Plan(self.a.entry, self.steps, buffers, segments, tuple(schedule), reductions, tuple(results), inputs, entries)
+        late = tuple(name for name in inputs if name == "dlogits")
+        return Plan(self.a.entry, self.steps, buffers, segments, tuple(schedule), reductions, tuple(results), inputs, entries, late)
