@@ -80,6 +80,20 @@ def mode(launch: Any) -> tuple:
     return launch.kernel.__name__, *(launch.arguments.get(name) for name in ("MODE", "PRECISION", "REVERSED", "POOLED", "ACTIVATION")), *updates
 
 
+def without_operands() -> list[Any]:
+    """Few launches in which each operand of a kernel that may be absent is."""
+    missing: set[tuple] = set()
+    found, absent = [], {}
+    for launch in launches():
+        absent[id(launch)] = {(launch.kernel.__name__, launch.arguments.get("MODE"), n) for n, value in launch.arguments.items() if value is None and not n.isupper()}
+        missing |= absent[id(launch)]
+    for launch in sorted(launches(), key=lambda launch: -len(absent[id(launch)])):
+        if absent[id(launch)] & missing:
+            found.append(launch)
+            missing -= absent[id(launch)]
+    return found
+
+
 def tile(launch: Any) -> tuple:
     """The kernel, its tile, and which operands it has: what its registers depend on. Sizes of images change little."""
     values = launch.arguments
@@ -98,6 +112,11 @@ def check(launch: Any, capability: int) -> None:
 def test_every_kernel(capability: int) -> None:
     for launch in distinct(mode).values():
         check(launch, capability)
+
+
+def test_without_operands() -> None:
+    for launch in without_operands():
+        check(launch, 90)
 
 
 @pytest.mark.slow
