@@ -9,13 +9,16 @@
     bwd_input        dx = gamma rstd (dy - [row made the statistics] (s1 + xhat s2) / N)
     bwd_input_jvp    the product rule on it
 
-What is reduced is reduced in chunks: mean and sum of squares about it of each chunk, merged as of Chan et al. (1979), or plain sums (sum_chunks).
+What is reduced is reduced in chunks: mean and sum of squares about it of each chunk, merged as of Chan et al. (1979), or plain sums (sum_chunks). Where a product
+makes the rows, it makes their sums too (tile_sums.py).
 A relu behind any of them that make rows, its reverse or its tangent, is done as they are stored (relu.activated).
-In batchnorm_maxpool2d dy belongs to the pooled image: ``index`` says which pixel of each window it goes to.
+In batchnorm_maxpool2d dy belongs to the pooled image: ``index`` says which pixel of each window it goes to. Where x, or xt, is chosen of an image in front of the
+pool right before, it is chosen as it is loaded, and stored if somebody else asks for it.
 """
 
 import triton
 import triton.language as tl
+from fastmaml.kernels.maxpool2d import extremum
 from fastmaml.kernels.relu import activated
 from fastmaml.kernels.tiles import channel, element, rows_of
 
@@ -119,6 +122,18 @@ def _xhat_t(d, xt, r, c, t, mask_c, mean_t, rstd_t, C):
 
 
 @triton.jit
+def second_term(u, d, r, dy, xt, mean_t, rstd_t, at, mask, t, c, C, MODE: tl.constexpr):
+    """Of the second sum of ``stats_jvp``, ``bwd_stats`` or ``bwd_stats_jvp`` with u = xt, dy or dyt, d = x - mean, r = rstd."""
+    if MODE == "stats_jvp":
+        return d * u
+    else:
+        v = u * d * r
+        if MODE == "bwd_stats_jvp" and dy is not None:
+            v += tl.load(dy + at, mask, 0.0) * _xhat_t(d, element(xt, at, mask), r, c, t, c < C, mean_t, rstd_t, C)
+        return v
+
+
+@triton.jit
 def batchnorm_sums(offsets, counted, x, mean, rstd, dy, xt, mean_t, rstd_t, dyt, sums, products, chunk, chunks, C, P,
                    MODE: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Of each chunk, the two sums (either may be unwanted) of ``stats_jvp``, ``bwd_stats`` or ``bwd_stats_jvp``. WHOLE: of the only chunk what they are for;
@@ -140,15 +155,11 @@ def batchnorm_sums(offsets, counted, x, mean, rstd, dy, xt, mean_t, rstd_t, dyt,
             d = tl.load(x + at, mask, 0.0) - mu
             if MODE == "stats_jvp":
                 u = element(xt, at, mask)
-                v = d * u
             elif MODE == "bwd_stats":
                 u = element(dy, at, mask)
-                v = u * d * r
             else:
                 u = element(dyt, at, mask)
-                v = u * d * r
-                if dy is not None:
-                    v += tl.load(dy + at, mask, 0.0) * _xhat_t(d, element(xt, at, mask), r, c, t, c < C, mean_t, rstd_t, C)
+            v = second_term(u, d, r, dy, xt, mean_t, rstd_t, at, mask, t, c, C, MODE)
             one += tl.sum(u, 0)
             two += tl.sum(tl.where(mask, v, 0.0), 0)
         if WHOLE and MODE == "stats_jvp":
@@ -180,11 +191,37 @@ def _cotangent(dy, index, first, m, c, at, mask, C, POOLED: tl.constexpr, W: tl.
 
 
 @triton.jit
+def _chosen(x, out, index, gamma, first, m, c, at, mask, C, POOLED: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr,
+            OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr):  # fmt: skip
+    """x at pixels m; POOLED: of images before the pool what ``index`` says ("gather"), or the extremum by the sign of gamma ("choose", index is made); also to out."""
+    if x is None:
+        return tl.zeros(at.shape, tl.float32)
+    elif POOLED is None:
+        return tl.load(x + at, mask, 0.0)
+    else:
+        q = m % (OH * OW)
+        image = (first + m // (OH * OW))[:, None] * (H * W * C) + c[None, :]
+        if POOLED == "choose":
+            sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, 0.0))
+            chosen = extremum(x, image, (q // OW * SH)[:, None], (q % OW * SW)[:, None], sign, mask, C, H, W, KH, KW)
+            if index is not None:
+                tl.store(index + at, chosen, mask)
+        else:
+            chosen = tl.load(index + at, mask, 0)
+        v = tl.load(x + image + chosen * C, mask, 0.0)
+        if out is not None:
+            tl.store(out + at, v, mask)
+        return v
+
+
+@triton.jit
 def batchnorm_rows(offsets, counted, x, mean, rstd, gamma, beta, dy, index, s1, s2, xt, mean_t, rstd_t, gamma_t, beta_t, dyt, s1t, s2t, relu_mask, y,
-                   gamma_task, beta_task, C, P, MODE: tl.constexpr, POOLED: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
-                   KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-                   ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):  # fmt: skip
+                   x_out, xt_out, gamma_task, beta_task, C, P, MODE: tl.constexpr, X_POOLED: tl.constexpr, XT_POOLED: tl.constexpr, DY_POOLED: tl.constexpr,
+                   H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+                   BM: tl.constexpr, BC: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):  # fmt: skip
     """activated(``fwd``, ``jvp``, ``bwd_input`` or ``bwd_input_jvp``); ``counted`` None: statistics that no row made. Grid: pixels, channels, tasks.
+
+    X_POOLED, XT_POOLED: how x and xt are chosen of images, stored to x_out and xt_out (``_chosen``). DY_POOLED: dy and dyt are of pooled images.
 
     activated: y > 0 ? y : slope y, mask = y > 0 ("make"); mask ? y : slope y ("apply"); y (None)."""
     t = tl.program_id(2)
@@ -195,15 +232,16 @@ def batchnorm_rows(offsets, counted, x, mean, rstd, gamma, beta, dy, index, s1, 
         some = c < C
         at, mask = first * P * C + m[:, None] * C + c[None, :], (m < rows * P)[:, None] & some[None, :]
         r, g = channel(rstd, t, C, c, some, 0.0), channel(gamma, t, gamma_task, c, some, 1.0)
-        d = tl.load(x + at, mask, 0.0) - channel(mean, t, C, c, some, 0.0)
+        d = _chosen(x, x_out, index, g, first, m, c, at, mask, C, X_POOLED, H, W, OH, OW, KH, KW, SH, SW) - channel(mean, t, C, c, some, 0.0)
         xhat = d * r
         if MODE == "fwd":
             out = g * xhat + channel(beta, t, beta_task, c, some, 0.0)
         elif MODE == "jvp":
-            out = g * _xhat_t(d, element(xt, at, mask), r, c, t, some, mean_t, rstd_t, C)
+            u = _chosen(xt, xt_out, index, g, first, m, c, at, mask, C, XT_POOLED, H, W, OH, OW, KH, KW, SH, SW)
+            out = g * _xhat_t(d, u, r, c, t, some, mean_t, rstd_t, C)
             out += channel(gamma_t, t, C, c, some, 0.0) * xhat + channel(beta_t, t, C, c, some, 0.0)
         else:
-            grad = _cotangent(dy, index, first, m, c, at, mask, C, POOLED, W, OH, OW, KH, KW, SH, SW, P)
+            grad = _cotangent(dy, index, first, m, c, at, mask, C, DY_POOLED, W, OH, OW, KH, KW, SH, SW, P)
             one, two = channel(s1, t, C, c, some, 0.0), channel(s2, t, C, c, some, 0.0)
             share = tl.zeros((BM, 1), tl.float32)
             if counted is not None:
@@ -215,7 +253,7 @@ def batchnorm_rows(offsets, counted, x, mean, rstd, gamma, beta, dy, index, s1, 
             else:
                 xhat_t = _xhat_t(d, element(xt, at, mask), r, c, t, some, mean_t, rstd_t, C)
                 more = channel(s1t, t, C, c, some, 0.0) + xhat * channel(s2t, t, C, c, some, 0.0) + xhat_t * two
-                grad_t = _cotangent(dyt, index, first, m, c, at, mask, C, POOLED, W, OH, OW, KH, KW, SH, SW, P)
+                grad_t = _cotangent(dyt, index, first, m, c, at, mask, C, DY_POOLED, W, OH, OW, KH, KW, SH, SW, P)
                 out = g * r * (grad_t - share * more)
                 out += (channel(gamma_t, t, C, c, some, 0.0) * r + g * channel(rstd_t, t, C, c, some, 0.0)) * inner
         tl.store(y + at, activated(out, relu_mask, at, mask, ACTIVATION, SLOPE), mask)

@@ -7,12 +7,14 @@
 The rows of the product are the pixels of a task's samples. A tangent is the same product with a doubled reduction, [xt | x] [w ; wt], in one accumulator: every
 kernel takes a second pair of operands. linear is the convolution of images of 1 x lead pixels with one tap.
 
-What is made of a result right away is made of the accumulator: relu(y) and its mask, y by a stored mask (relu.py), theta - rate dw (tiles.updated).
+What is made of a result right away is made of the accumulator: relu(y) and its mask, y by a stored mask (relu.py), the sums of a batchnorm (tile_sums.py),
+theta - rate dw (tiles.updated).
 """
 
 import triton
 import triton.language as tl
 from fastmaml.kernels.relu import activated
+from fastmaml.kernels.tile_sums import tile_sums
 from fastmaml.kernels.tiles import product, rows_of, updated
 
 
@@ -55,15 +57,16 @@ def _product(acc, x, w, m, n, rows, H: tl.constexpr, W: tl.constexpr, CI: tl.con
 
 
 @triton.jit
-def conv2d_rows(offsets, x, w, x2, w2, bias, mask, y, w_task, w2_task, bias_task,
+def conv2d_rows(offsets, x, w, x2, w2, bias, mask, y, w_task, w2_task, bias_task, counted, parts, arrivals, sums, products, bn_x, bn_mean, bn_rstd, bn_dy, bn_xt,
+                bn_mean_t, bn_rstd_t, eps, slots,
                 H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, CO: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                 SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr, REVERSED: tl.constexpr,
                 W_TAP: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):  # fmt: skip
+                PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """y [rows, OH, OW, CO] = activated(x * w + x2 * w2 + bias) with x [rows, H, W, CI]; REVERSED: the transposed convolution. Grid: pixels, outputs, tasks.
 
     fwd: (x, w), bias. jvp: (xt, w), (x, wt), bias_t. bwd_input: (dy, w) REVERSED. bwd_input_jvp: (dyt, w), (dy, wt) REVERSED.
-    activated: y > 0 ? y : slope y, mask = y > 0 ("make"); mask ? y : slope y ("apply"); y (None)."""
+    activated: y > 0 ? y : slope y, mask = y > 0 ("make"); mask ? y : slope y ("apply"); y (None). SUMS: which sums of a batchnorm are made of y, or None."""
     t = tl.program_id(2)
     first, rows = rows_of(offsets, t)
     rows = rows * (OH * OW)
@@ -79,7 +82,12 @@ def conv2d_rows(offsets, x, w, x2, w2, bias, mask, y, w_task, w2_task, bias_task
         if bias is not None:
             acc += tl.load(bias + own * bias_task + n, n < CO, 0.0)[None, :]
         at, there = first * (OH * OW * CO) + m[:, None] * CO + n[None, :], (m < rows)[:, None] & (n < CO)[None, :]
-        tl.store(y + at, activated(acc, mask, at, there, ACTIVATION, SLOPE), there)
+        acc = activated(acc, mask, at, there, ACTIVATION, SLOPE)
+        tl.store(y + at, acc, there)
+        if SUMS is not None:
+            _, summed = rows_of(counted, t)
+            tile_sums(acc, bn_x, bn_mean, bn_rstd, bn_dy, bn_xt, bn_mean_t, bn_rstd_t, sums, products, parts, arrivals, eps, at, there, summed * (OH * OW), slots,
+                      t, n, CO, SUMS, BM, GROUP)  # fmt: skip
 
 
 @triton.jit

@@ -20,12 +20,10 @@ MOMENTS = tl.constexpr(9)  # mean, rstd, E[xt], E[xt xhat], E[h], E[h xhat], E[h
 @triton.jit
 def _h(dy, gamma, at, mask, j, t, task):
     """gamma dy of the numbers whose gamma is number j; zero where either is absent."""
-    if dy is None:
-        return tl.zeros(at.shape, tl.float32)
-    v = tl.load(dy + at, mask, 0.0)
-    if gamma is None:
-        return v
-    return v * tl.load(gamma + t * task + j, mask, 0.0)
+    v = element(dy, at, mask)
+    if dy is not None and gamma is not None:
+        v *= tl.load(gamma + t * task + j, mask, 0.0)
+    return v
 
 
 @triton.jit

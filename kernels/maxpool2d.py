@@ -11,6 +11,21 @@ from fastmaml.kernels.tiles import rows_of
 
 
 @triton.jit
+def extremum(x, image, h0, w0, sign, there, C, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
+    """h W + w of the first maximum of sign x in the window that begins at (h0, w0), of images that begin at ``image``."""
+    best = tl.full(there.shape, float("-inf"), tl.float32)
+    chosen = tl.zeros(there.shape, tl.int32) + (tl.maximum(h0, 0) * W + tl.maximum(w0, 0))
+    for k in range(KH * KW):
+        h, w = h0 + k // KW, w0 + k % KW
+        inside = there & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        v = tl.load(x + image + (h * W + w) * C, inside, 0.0) * sign
+        better = inside & ((v > best) | (v != v))
+        best = tl.where(better, v, best)
+        chosen = tl.where(better, h * W + w, chosen)
+    return chosen
+
+
+@triton.jit
 def maxpool2d_fwd(offsets, x, gamma, y, index, gamma_task, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
                   KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Grid: blocks of a task's outputs, tasks."""
@@ -25,15 +40,7 @@ def maxpool2d_fwd(offsets, x, gamma, y, index, gamma_task, C: tl.constexpr, H: t
     if gamma is not None:
         g = tl.load(gamma + t * gamma_task + c, there, 0.0)
         sign = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0))
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    chosen = tl.maximum(h0, 0) * W + tl.maximum(w0, 0)
-    for k in range(KH * KW):
-        h, w = h0 + k // KW, w0 + k % KW
-        inside = there & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        v = tl.load(x + image + (h * W + w) * C, inside, 0.0) * sign
-        better = inside & ((v > best) | (v != v))
-        best = tl.where(better, v, best)
-        chosen = tl.where(better, h * W + w, chosen)
+    chosen = extremum(x, image, h0, w0, sign, there, C, H, W, KH, KW)
     out = first * (OH * OW * C) + i
     tl.store(y + out, tl.load(x + image + chosen * C, there, 0.0), there)
     if index is not None:

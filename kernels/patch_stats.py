@@ -82,7 +82,8 @@ def _double(values, t, stride, o, outputs, absent: tl.constexpr):
     """[1, outputs] of a task's vector, or the number that an absent one stands for."""
     if values is None:
         return tl.full((1, o.shape[0]), absent, tl.float64)
-    return tl.load(values + t * stride + o, o < outputs, 0.0).to(tl.float64)[None, :]
+    else:
+        return tl.load(values + t * stride + o, o < outputs, 0.0).to(tl.float64)[None, :]
 
 
 @triton.jit

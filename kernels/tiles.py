@@ -46,7 +46,8 @@ def channel(values, task, stride, c, mask, absent: tl.constexpr):
     """[1, channels] of a task's vector, or the number that an absent one stands for."""
     if values is None:
         return tl.full((1, c.shape[0]), absent, tl.float32)
-    return tl.load(values + task * stride + c, mask, 0.0)[None, :]
+    else:  # what stands behind an if is compiled too
+        return tl.load(values + task * stride + c, mask, 0.0)[None, :]
 
 
 @triton.jit
@@ -54,7 +55,8 @@ def element(values, at, mask):
     """A tile of an operand; zero where there is none."""
     if values is None:
         return tl.zeros(at.shape, tl.float32)
-    return tl.load(values + at, mask, 0.0)
+    else:
+        return tl.load(values + at, mask, 0.0)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 import pytest
@@ -75,15 +76,29 @@ def distinct(alike: Any, random_too: bool = True) -> dict[Any, Any]:
 
 
 def mode(launch: Any) -> tuple:
-    """The kernel, and what makes it another one: its mode, precision and epilogue."""
+    """The kernel, and what makes it another one: its mode, precision, prologue and epilogue."""
     updates = (launch.arguments.get(name) is not None for name in ("base", "w_base"))
-    return launch.kernel.__name__, *(launch.arguments.get(name) for name in ("MODE", "PRECISION", "REVERSED", "POOLED", "ACTIVATION")), *updates
+    return launch.kernel.__name__, *(launch.arguments.get(name) for name in ("MODE", "PRECISION", "REVERSED", "X_POOLED", "XT_POOLED", "DY_POOLED", "ACTIVATION", "SUMS")), *updates
+
+
+def without_operands() -> list[Any]:
+    """Few launches in which each operand of a kernel that may be absent is."""
+    missing: set[tuple] = set()
+    found, absent = [], {}
+    for launch in launches():
+        absent[id(launch)] = {(launch.kernel.__name__, launch.arguments.get("MODE"), n) for n, value in launch.arguments.items() if value is None and not n.isupper()}
+        missing |= absent[id(launch)]
+    for launch in sorted(launches(), key=lambda launch: -len(absent[id(launch)])):
+        if absent[id(launch)] & missing:
+            found.append(launch)
+            missing -= absent[id(launch)]
+    return found
 
 
 def tile(launch: Any) -> tuple:
     """The kernel, its tile, and which operands it has: what its registers depend on. Sizes of images change little."""
     values = launch.arguments
-    sizes = (values.get(name) for name in ("BM", "BN", "BK", "TILES_N", "PRECISION", "REVERSED", "ACTIVATION"))
+    sizes = (values.get(name) for name in ("BM", "BN", "BK", "TILES_N", "PRECISION", "REVERSED", "ACTIVATION", "SUMS"))
     return launch.kernel.__name__, *sizes, *(value is None for value in values.values())
 
 
@@ -100,12 +115,30 @@ def test_every_kernel(capability: int) -> None:
         check(launch, capability)
 
 
+def test_without_operands() -> None:
+    for launch in without_operands():
+        check(launch, 90)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_tile_of_the_reference_networks(capability: int) -> None:
     for launch in distinct(tile, random_too=False).values():
         if launch.kernel.__name__.startswith("conv2d"):
             check(launch, capability)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_arrivals_see_what_was_stored(capability: int) -> None:
+    """Of a product that ends in sums: the threads of a program meet between their stores and the atomic, which releases and acquires; what others have stored is not
+    read from the cache of a multiprocessor."""
+    launch = next(launch for launch in launches(False) if launch.arguments.get("SUMS") == "stats_fwd")
+    steps = re.findall(r"bar\.sync|st\.global|atom[.\w:]*|ld\.global\.cg", triton_aot.binary_of(launch, capability).asm["ptx"])
+    atomics = [i for i, step in enumerate(steps) if step.startswith("atom")]
+    assert len(atomics) == 2 and {steps[i] for i in atomics} == {"atom.global.gpu.acq_rel.add.u32"}, "of a group, of all groups"
+    for i in atomics:
+        assert steps[i - 1] == steps[i + 1] == "bar.sync", "before, for the stores; behind, for the answer"
+        assert "st.global" in steps[:i] and "ld.global.cg" in steps[i:]
 
 
 def test_products_are_on_tensor_cores() -> None:

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed (pip install triton: Linux)")
 
 import fastmaml.nn as nets
-from fastmaml.executors.triton_fusion import Fused, fuse
+from fastmaml.executors.triton_fused import Fused
+from fastmaml.executors.triton_fusion import fuse
 from fastmaml.executors.triton_lowering import Lowering
 from fastmaml.executors.triton_storage import Bucket
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan
@@ -37,24 +38,37 @@ def test_launches_of_conv4() -> None:
     from its patches are small launches in the place of passes over its images."""
     plan = conv4()
     before, after = launched(plan), launched(fuse(plan))
-    assert (before.total(), after.total()) == (162, 131)
+    assert (before.total(), after.total()) == (162, 88)
     assert not {"relu_fwd", "relu_masked", "reshape"} & set(after), "every relu is an epilogue, nothing is copied"
+    assert not {"batchnorm_moments", "batchnorm_stats_fwd", "batchnorm_sums"} & set(after), "every sum of a batchnorm is made by the product in front"
+    assert not {"maxpool2d_fwd", "maxpool2d_gather", "maxpool2d_bwd"} & set(after), "nothing is pooled by itself"
+    assert (after["conv2d_rows"], after["batchnorm_rows"], after["conv2d_weight"]) == (27, 24, 15), "what is left of a block: 2 forward, 3 back"
     assert after["axpy"] == 3, "the first layer's gradient and its tangent, of two parts, and its update; every other update of a weight is an epilogue"
     assert (after["patch_moments_sums"], after["patch_stats"], after["patch_stats_weight"]) == (1, 2, 2)
     assert (after["axpys"], after["all_finite"], after["sum_tasks"]) == (2, 1, 1), "batchnorm's steps, and their reverse; all gradients"
 
 
+def test_launches_of_five_steps() -> None:
+    plan = conv4(5)
+    assert (launched(plan).total(), launched(fuse(plan)).total()) == (734, 397)
+
+
 def test_what_is_fused_in_conv4() -> None:
     found = chains(fuse(conv4()))
     assert found == {
-        "batchnorm_fwd+relu_fwd": 6,
-        "batchnorm_fwd+relu_fwd+reshape_fwd": 2,
-        "batchnorm_jvp+relu_jvp": 3,
-        "batchnorm_jvp+relu_jvp+reshape_jvp": 1,
-        "conv2d_bwd_input+relu_bwd": 6,
-        "conv2d_bwd_input_jvp+relu_bwd_jvp": 3,
-        "linear_bwd_input+reshape_bwd+relu_bwd": 2,
-        "linear_bwd_input_jvp+reshape_bwd_jvp+relu_bwd_jvp": 1,
+        "conv2d_fwd+batchnorm_stats_fwd": 7,
+        "conv2d_jvp+batchnorm_stats_jvp": 3,
+        "batchnorm_maxpool2d_fwd+batchnorm_fwd+relu_fwd": 6,
+        "batchnorm_maxpool2d_fwd+batchnorm_fwd+relu_fwd+reshape_fwd": 2,
+        "maxpool2d_jvp+batchnorm_jvp+relu_jvp": 1,
+        "maxpool2d_jvp+maxpool2d_replay+batchnorm_jvp+relu_jvp": 2,
+        "maxpool2d_jvp+maxpool2d_replay+batchnorm_jvp+relu_jvp+reshape_jvp": 1,
+        "conv2d_bwd_input+relu_bwd+batchnorm_bwd_stats": 6,
+        "conv2d_bwd_input_jvp+relu_bwd_jvp+batchnorm_bwd_stats_jvp": 3,
+        "linear_bwd_input+reshape_bwd+relu_bwd+batchnorm_bwd_stats": 2,
+        "linear_bwd_input_jvp+reshape_bwd_jvp+relu_bwd_jvp+batchnorm_bwd_stats_jvp": 1,
+        "batchnorm_bwd_input+maxpool2d_bwd": 1,
+        "batchnorm_bwd_input_jvp+maxpool2d_bwd_jvp": 1,
         "conv2d_bwd_weight+sgd_fwd+sgd_fwd": 3,
         "conv2d_bwd_weight_jvp+axpy_fwd+axpy_fwd": 3,
         "linear_bwd_weight+sgd_fwd+sgd_fwd": 1,

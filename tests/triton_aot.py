@@ -30,15 +30,21 @@ def signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[
     return types, constants, attrs
 
 
-def compiled(launch: Any, capability: int) -> dict[str, int]:
-    """Bytes and registers: REG, STACK, LOCAL (of cuobjdump), shared."""
+def binary_of(launch: Any, capability: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     types, constants, attrs = signature(launch)
     source = ASTSource(launch.kernel, types, constants, attrs)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def compiled(launch: Any, capability: int) -> dict[str, int]:
+    """Bytes and registers: REG, STACK, LOCAL (of cuobjdump), shared."""
+    import triton
+
+    binary = binary_of(launch, capability)
     dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")

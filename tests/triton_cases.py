@@ -25,9 +25,11 @@ from fastmaml.executors.cuda import CudaExecutor
 from fastmaml.executors.mixed import MixedExecutor
 from fastmaml.executors.torch import Task, TorchExecutor
 from fastmaml.executors.triton import INTERPRETED, TritonExecutor, Workspace
-from fastmaml.executors.triton_fusion import Fused, fuse
+from fastmaml.executors.triton_fused import Fused, Sums
+from fastmaml.executors.triton_fusion import fuse
 from fastmaml.executors.triton_lowering import Lowering
 from fastmaml.executors.triton_rules import RULES
+from fastmaml.executors.triton_rules.products import Geometry, product
 from fastmaml.executors.triton_site import Site
 from fastmaml.executors.triton_storage import Bucket, View
 from fastmaml.optimizers import SGD, ImplicitGradient
@@ -175,11 +177,14 @@ class Lockstep(TorchExecutor):
     def _references(self, instr: Instruction, step: int, task: Task) -> tuple[tuple, tuple, tuple]:
         """What comes out in float64, in float32, and in float64 when inputs move by rounding; all from what Triton reads, which is float32."""
         generator = torch.Generator().manual_seed(0)
-        inputs = [None if ref is None else task.env[self._key(ref, step)] for ref in instr.inputs]
-        real = [v is not None and v.dtype == torch.float64 and not self.plan.buffers[r.buffer].columns for v, r in zip(inputs, instr.inputs, strict=True)]
+        made = {ref for part in parts_of(instr) for ref in part.outputs}
+        more = (ref for part in parts_of(instr) for ref in part.inputs if ref not in made)  # what is fused away because nothing depends on it
+        refs = list(dict.fromkeys((*instr.inputs, *more)))
+        inputs = [None if ref is None else task.env[self._key(ref, step)] for ref in refs]
+        real = [v is not None and v.dtype == torch.float64 and not self.plan.buffers[r.buffer].columns for v, r in zip(inputs, refs, strict=True)]
 
         def run(change) -> tuple:
-            keys = [None if ref is None else self._key(ref, step) for ref in instr.inputs]
+            keys = [None if ref is None else self._key(ref, step) for ref in refs]
             values = {None: None} | {key: change(v.float()) if r else v for key, v, r in zip(keys, inputs, real, strict=True)}
             if instr.kernel == "zero_fwd":
                 return (None,)
@@ -243,6 +248,7 @@ def instruction_cases() -> Iterator[tuple[str, Case, Plan]]:
     for kind in ("rows", "images"):
         yield f"fusible {kind}", *fusible(kind)
     yield "patches", *patches()
+    yield "summed", summed(), summed().plan()
     b = ProgramBuilder((5,))
     v = b.op("batchnorm", b.op("linear", 0, b.leaf("body", (4, 5), "outer")), eps=1e-3, statistics="joint")
     program = b.build(b.op("linear", v, b.leaf("head", (3, 4), "adapted")))
@@ -310,13 +316,41 @@ def fusible(kind: str) -> tuple[Case, Plan]:
     return case, case.plan()
 
 
+def summed() -> Case:
+    """Batchnorm behind products whose rows are several tiles, of ragged tasks; of more channels than a tile has; behind and in front of pools; without gamma."""
+    b = ProgramBuilder((2, 9, 11))
+    names = iter(range(99))
+
+    def leaf(*shape: int) -> int:
+        return b.leaf(f"p{next(names)}", shape, "adapted")
+
+    def batchnorm(v: int, gamma: int | None, beta: int | None) -> int:
+        return b.op("batchnorm", v, gamma, beta, eps=1e-3, statistics="batch")
+
+    v = b.op("conv2d", 0, leaf(3, 2, 2, 2), leaf(3), stride=(1, 1), padding=(1, 0, 0, 1))
+    v = batchnorm(v, leaf(3), leaf(3))
+    v = batchnorm(b.op("conv2d", v, leaf(70, 3, 1, 1), None, stride=(1, 1), padding=(0, 0, 0, 0)), None, leaf(70))
+    v = b.op("relu", b.op("maxpool2d", v, kernel=(2, 1), stride=(3, 2), padding=(0, 0)))
+    v = batchnorm(b.op("conv2d", v, leaf(5, 70, 3, 2), leaf(5), stride=(1, 2), padding=(0, 0, 0, 0)), leaf(5), None)
+    v = b.op("reshape", b.op("maxpool2d", v, kernel=(1, 3), stride=(1, 3), padding=(0, 0)), shape=(5,))
+    v = batchnorm(b.op("linear", v, leaf(6, 5), leaf(6)), leaf(6), leaf(6))
+    program = b.build(b.op("linear", v, leaf(3, 6), leaf(3)))
+    a = Arrangement(steps=1, rates={leaf.name: Rate("lr") for leaf in program.leaves})
+    return numbers_for(program, a, 0, [(3, 1), (2, 2)])
+
+
 MODES = {"fwd": "relu_fwd", "jvp": "relu_jvp", "bwd_input": "relu_bwd", "bwd_input_jvp": "relu_bwd_jvp"}
 FUSED = [f"{op}_{mode}+{relu}" for op in ("linear", "conv2d", "batchnorm") for mode, relu in MODES.items()]
+FUSED += [f"{op}_{stats}" for op in ("linear", "conv2d") for stats in ("fwd+batchnorm_stats_fwd", "jvp+batchnorm_stats_jvp", "bwd_input+batchnorm_bwd_stats")]
+FUSED += [f"conv2d_bwd_input{jvp}+relu_bwd{jvp}+batchnorm_bwd_stats{jvp}" for jvp in ("", "_jvp")] + ["conv2d_bwd_input_jvp+batchnorm_bwd_stats_jvp"]
+FUSED += ["batchnorm_maxpool2d_fwd+batchnorm_fwd+relu_fwd", "maxpool2d_replay+batchnorm_fwd+relu_replay", "maxpool2d_jvp+batchnorm_jvp+relu_jvp"]
+FUSED += [f"batchnorm_bwd_input{jvp}+maxpool2d_bwd{jvp}" for jvp in ("", "_jvp")]
 FUSED += [f"{op}_bwd_weight{jvp}" for op in ("linear", "conv2d") for jvp in ("+sgd_fwd", "_jvp+axpy_fwd")]
 NOT_IN_PLANS = {f"{op}_replay" for op in ("batchnorm_maxpool2d",)}  # of replayed runs, which are the torch executor's
 
 
-def test_single_instructions() -> None:
+def test_single_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastmaml.executors.triton_rules.products.GROUP", 2)
     for name, case, plan in instruction_cases():
         print(name)
         Lockstep(plan).judge_all(on_device(case))
@@ -430,7 +464,8 @@ FUSIBLE = {
 
 @pytest.mark.parametrize(("name", "chunk"), [*((name, 4096) for name in FUSIBLE), ("rows", 24), ("images", 24)])
 def test_fusion_changes_no_bit(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of losses, logits, masks and gradients; with sums in one piece and in many."""
+    """Of losses, logits, masks and gradients; with sums in one piece and in many. But for a batchnorm's, which products sum by other pieces (test_sums_of_tiles)."""
+    monkeypatch.setattr("fastmaml.executors.triton_fusion_norms.SUMMED", {})
     monkeypatch.setattr("fastmaml.executors.triton_rules.products.CHUNK", chunk)
     monkeypatch.setattr("fastmaml.executors.triton_rules.norms.CHUNK", chunk)
     case = on_device(FUSIBLE[name]())
@@ -442,6 +477,75 @@ def test_fusion_changes_no_bit(name: str, chunk: int, monkeypatch: pytest.Monkey
     for key, value in plain.items():
         for mine, other in zip(*(v if isinstance(v, list) else [v] for v in (got[key], value)), strict=True):
             assert torch.equal(mine, other) if INTERPRETED else torch.allclose(mine.double(), other.double(), rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("group", [2, 64])
+def test_sums_of_tiles(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged by groups of tiles, and all at once."""
+    monkeypatch.setattr("fastmaml.executors.triton_rules.products.GROUP", group)
+    judge_plan(summed())
+
+
+def shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the interpreter run the programs of a launch in another order."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    in_order = InterpreterBuilder.set_grid_idx
+
+    def set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
+        n = self.grid_dim[0]
+        in_order(self, (x * 7 + 3) % n if n % 7 else n - 1 - x, y, z)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", set_grid_idx)
+
+
+@pytest.mark.parametrize("mode", ["stats_fwd", "stats_jvp", "bwd_stats", "bwd_stats_jvp"])
+def test_sums_of_tiles_have_the_same_bits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a task of several tiles, whichever comes last: alone, twice, and behind a larger task. The product copies, so that nothing else rounds."""
+    monkeypatch.setattr("fastmaml.executors.triton_rules.products.GROUP", 2)
+    generator = torch.Generator().manual_seed(0)
+    x, other, dy, xt = (torch.randn(1000, 5, generator=generator).to(DEVICE) * 3 + 1 for _ in range(4))
+    of_task = [torch.rand(2, 5, generator=generator).to(DEVICE) + 0.5 for _ in range(4)]
+    mean, rstd, mean_t, rstd_t = of_task
+    found = []
+    for order, sizes in enumerate(([273], [273], [727, 273])):
+        if order == 1 and INTERPRETED:
+            shuffled(monkeypatch)
+        last, n = len(sizes) - 1, sum(sizes)
+        rows = [View(v[-n:].contiguous(), (5,), "support") for v in (x, other, dy, xt)]
+        y = View(torch.full((n, 5), torch.nan, device=DEVICE), (5,), "support")
+        mine = [View(v[1 - last :].contiguous(), (5,), None, 5) for v in of_task]
+        out = [View(torch.full((last + 1, 5), torch.nan, device=DEVICE), (5,), None, 5) for _ in range(2)]
+        offsets = torch.tensor([0, *sizes], dtype=torch.int32, device=DEVICE).cumsum(0).to(torch.int32)
+        site = Site(SimpleNamespace(bucket=Bucket(len(sizes), max(sizes), 1), device=DEVICE, offsets={"support": offsets}))
+        operands = {"stats_fwd": (None,), "stats_jvp": (rows[1], *mine[:2], None), "bwd_stats": (rows[1], *mine[:2], None)}
+        operands["bwd_stats_jvp"] = (rows[1], *mine[:2], rows[2], rows[3], *mine[2:], None)
+        attrs = {"sums": Sums(mode, operands[mode], "support", 1e-3), "sum_outputs": out}
+        copying = View(torch.eye(5, device=DEVICE), (5, 5))
+        product(site, Geometry(1, 1, 5, 1, 1, 5, W_IN=1, W_OUT=5), [(rows[0], copying)], None, y, False, attrs)
+        site.precision = "tf32x3"
+        Lowering._place(SimpleNamespace(site=site, storage=site.storage), site.launches)
+        (launch,) = site.launches
+        if last == 0:  # as long as one is missing nobody merges
+            dataclasses.replace(launch, grid=(launch.grid[0] - 1, 1, 1))()
+            assert all(v.data.isnan().all() for v in out)
+            launch.arguments["arrivals"].zero_()
+        for _ in range(2):  # the counts are zero again
+            launch()
+            assert not launch.arguments["arrivals"].any()
+            found.append(torch.stack([v.data[last] for v in out]))
+        mine, whole = x[-273:].double(), (other[-273:].double() - mean[1]) * rstd[1]
+        if mode == "stats_fwd":
+            truth = torch.stack([mine.mean(0), (mine.var(0, correction=0) + 1e-3).rsqrt()])
+        elif mode == "stats_jvp":
+            truth = torch.stack([mine.mean(0), -rstd[1] ** 2 * (whole * mine).mean(0)])
+        else:
+            truth = torch.stack([mine.sum(0), (mine * whole).sum(0)])
+            if mode == "bwd_stats_jvp":
+                whole_t = (xt[-273:].double() - mean_t[1]) * rstd[1] + (other[-273:].double() - mean[1]) * rstd_t[1]
+                truth[1] += (dy[-273:].double() * whole_t).sum(0)
+        assert torch.allclose(found[-1].double(), truth, rtol=2e-5, atol=2e-4), (found[-1], truth)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("kind", ["rows", "images"])

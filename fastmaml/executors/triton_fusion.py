@@ -3,6 +3,7 @@
     linear, conv2d, batchnorm + relu    any of their modes: the activation, its reverse or its tangent; reshapes before or behind it that move nothing are gone
     bwd_weight + sgd or axpy            the gradient is added to what it is for, and is never stored itself
     copy                                the two arrays become one
+    what surrounds a batchnorm          triton_fusion_norms.py
 
 ``fuse`` makes a Plan of a Plan, so storage is laid out for what is left. What cpu_fusion.py does to native calls, behind their conversions, this does to instructions.
 """
@@ -10,10 +11,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from fastmaml.executors.triton_fused import Activation, Fused, Moves, Update, places
+from fastmaml.executors.triton_fusion_norms import fuse_norms
 from fastmaml.executors.triton_storage import same_order
 from fastmaml.executors.uses import Uses
 from fastmaml.plan.instructions import Buffer, Group, Instruction, Operand, Plan, Ref, Segment
@@ -24,38 +27,9 @@ GRADIENTS = {f"{op}_bwd_weight{jvp}" for op in ("linear", "conv2d", "layernorm",
 MASKED = {f"{op}_{mode}": operands for op in ("relu", "leaky_relu") for mode, operands in (("jvp", (1, 0)), ("bwd", (1, 0)), ("bwd_jvp", (1, 0)), ("replay", (0, 1)))}
 
 
-@dataclass(frozen=True)
-class Activation:
-    """What becomes of a result y: relu(y), and ``makes``: its mask; else y where the stored mask says so. ``slope`` as in leaky_relu. The mask: a Ref, later a View."""
-
-    mask: Any
-    makes: bool
-    slope: float | None
-
-
-@dataclass(frozen=True)
-class Update:
-    """What becomes of a gradient g: base + sign scale g. Operands: Refs, later Views."""
-
-    base: Any
-    scale: Any
-    sign: float
-
-
-@dataclass(frozen=True)
-class Fused(Instruction):
-    """``parts`` in one launch, by the rule of the first of them. Behind that one's inputs and outputs (places as there) stand those of the others.
-
-    activation   of the first output;  updates: of each output, or None"""
-
-    parts: tuple[Instruction, ...] = ()
-    activation: Activation | None = None
-    updates: tuple[Update | None, ...] = ()
-
-
 def fuse(plan: Plan) -> Plan:
     """The same results, from fewer instructions and buffers."""
-    return _Fusion(_without_copies(plan)).run()
+    return fuse_norms(_Fusion(_without_copies(plan)).run())
 
 
 # ---------------------------------------------------------------------------------------------------------------- copies
@@ -96,14 +70,7 @@ def _without_copies(plan: Plan) -> Plan:
 
 
 # ---------------------------------------------------------------------------------------------------------------- the rest
-class _Fusion:
-    """``code``: of each segment [group, instruction], in order."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.buffers = plan, plan.buffers
-        self.code = {name: [(g, i) for g, group in enumerate(s.groups) for i in group.instructions] for name, s in plan.segments.items()}
-        self.uses = Uses(plan)
-
+class _Fusion(Moves):
     def run(self) -> Plan:
         for name, code in self.code.items():
             for i in range(len(code) - 1, -1, -1):
@@ -111,27 +78,7 @@ class _Fusion:
                     self._activation(name, i)
                 elif code[i][1].kernel in GRADIENTS:
                     self._updates(name, i)
-        segments = {}
-        for name, segment in self.plan.segments.items():
-            groups = [(group.rows, tuple(instr for g, instr in self.code[name] if g == at)) for at, group in enumerate(segment.groups)]
-            segments[name] = Segment(name, tuple(Group(instructions, rows) for rows, instructions in groups if instructions))
-        plan = replace(self.plan, segments=segments)
-        used = {ref.buffer for _, instr in plan.instructions() for ref in (*instr.reads(), *instr.writes())}
-        used |= self.uses.kept | {r.target for r in plan.reductions}
-        return replace(plan, buffers={name: buffer for name, buffer in self.buffers.items() if name in used})
-
-    # ------------------------------------------------------------------------------------------------- what may be moved
-    def _place(self, ref: Ref) -> Ref:
-        return ref if self.buffers[ref.buffer].steps else Ref(ref.buffer)
-
-    def _may_run_before(self, instr: Instruction, others: Iterable[Instruction], result: Ref) -> bool:
-        """Whether ``instr``, which waits for ``result`` alone, has nothing to do with what the others do."""
-        reads, writes = ({self._place(ref) for ref in refs} for refs in (instr.reads(), instr.writes()))
-        for other in others:
-            written = {self._place(ref) for ref in other.writes()}
-            if (reads - {self._place(result)} | writes) & written or writes & {self._place(ref) for ref in other.reads()}:
-                return False
-        return True
+        return self.rebuilt()
 
     # ------------------------------------------------------------------------------------------------- activations
     def _activation(self, name: str, i: int) -> None:
@@ -160,7 +107,7 @@ class _Fusion:
             return
         mask = () if activation.mask is None else (activation.mask,)
         inputs, outputs = (first.inputs, (result, *first.outputs[1:], *mask)) if activation.makes else ((*first.inputs, *mask), (result, *first.outputs[1:]))
-        code[i] = group, Fused(first.kernel, inputs, outputs, first.attrs, tuple(parts), activation)
+        code[i] = group, Fused(first.kernel, inputs, outputs, first.attrs, tuple(parts), activation, places=places(first))
         for j in sorted(taken, reverse=True):
             del code[j]
 
@@ -204,7 +151,7 @@ class _Fusion:
                 before.append(instr)
         if len(parts) > 1:
             more = tuple(ref for update in updates if update for ref in (update.base, update.scale) if ref is not None)
-            self.code[name][i] = group, Fused(first.kernel, (*first.inputs, *more), tuple(outputs), first.attrs, tuple(parts), None, tuple(updates))
+            self.code[name][i] = group, Fused(first.kernel, (*first.inputs, *more), tuple(outputs), first.attrs, tuple(parts), None, tuple(updates), places=places(first))
 
     def _after(self, name: str, i: int) -> Iterator[tuple[list[tuple[int, Instruction]], int]]:
         """The places behind instruction i: of its segment, and of those that follow it at each step."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from fastmaml.executors.triton_fusion import Fused
+from fastmaml.executors.triton_fused import Fused
 from fastmaml.executors.triton_rules import RULES
 from fastmaml.executors.triton_site import BLOCK, Launch, Site, blocks, pointer
-from fastmaml.executors.triton_storage import Bucket, Storage, Temp, View
+from fastmaml.executors.triton_storage import Arrivals, Bucket, Storage, Temp, View
 from fastmaml.kernels import tasks
 from fastmaml.plan.instructions import Instruction, Operand, Phase, Plan
 
@@ -48,7 +48,7 @@ class Lowering:
     @property
     def bytes(self) -> dict[str, int]:
         """By the home of what lies there."""
-        return self.storage.bytes | {"sums of chunks": self.site.temp_bytes}
+        return self.storage.bytes | {"sums of chunks": self.site.temp_bytes + 4 * self.site.arrivals}
 
     def _half(self, half: int, done: dict[tuple[str, int], None]) -> None:
         phases = [phase for phase in self.plan.schedule if phase.half == half]
@@ -102,8 +102,8 @@ class Lowering:
         self.site.begin()
         attrs = instr.attrs
         if isinstance(instr, Fused):
-            attrs = {**attrs, **self._epilogue(instr, step)}
-            inputs, outputs = inputs[: len(instr.parts[0].inputs)], outputs[: len(instr.parts[0].outputs)]
+            attrs = {**attrs, **self._epilogue(instr, step), "sum_outputs": outputs[-2:]}
+            inputs, outputs = inputs[: instr.places[0]], outputs[: instr.places[1]]
         if any(key is not None for key in keys):
             RULES[instr.kernel](self.site, attrs, inputs, outputs)
         done.update(dict.fromkeys(key for key in keys if key is not None))
@@ -114,9 +114,13 @@ class Lowering:
         def view(ref: Operand) -> View | None:
             return ref and self.storage.view(*self.storage.key(ref, step))
 
-        if instr.activation:
-            return {"activation": replace(instr.activation, mask=view(instr.activation.mask))}
-        return {"updates": tuple(u and replace(u, base=view(u.base), scale=view(u.scale)) for u in instr.updates)}
+        activation, sums = instr.activation, instr.sums
+        return {
+            "pools": tuple(replace(p, images=view(p.images), index=view(p.index), out=view(p.out)) for p in instr.pools),
+            "activation": activation and replace(activation, mask=view(activation.mask)),
+            "sums": sums and replace(sums, operands=tuple(map(view, sums.operands))),
+            "updates": tuple(u and replace(u, base=view(u.base), scale=view(u.scale)) for u in instr.updates) or (None, None),
+        }
 
     def _share(self, name: str) -> View:
         """What one task adds to a sum over tasks."""
@@ -150,8 +154,11 @@ class Lowering:
     def _place(self, launches: list[Launch]) -> None:
         """Gives temporaries their place: all instructions share one array."""
         room = torch.empty(self.site.temp_bytes, dtype=torch.uint8, device=self.storage.device)
+        arrivals = torch.zeros(self.site.arrivals, dtype=torch.int32, device=self.storage.device)  # and zero again behind every launch
 
         def placed(value: Any) -> Any:
+            if isinstance(value, Arrivals):
+                return arrivals[: value.numel]
             if not isinstance(value, Temp):
                 return value
             return room[value.offset :][: value.numel * value.dtype.itemsize].view(value.dtype)

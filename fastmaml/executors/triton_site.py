@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.executors.triton_fusion import Activation, Update
-from fastmaml.executors.triton_storage import Storage, Temp, View, channels_last
+from fastmaml.executors.triton_fused import Activation, Update
+from fastmaml.executors.triton_storage import Arrivals, Storage, Temp, View, channels_last
 from fastmaml.kernels import reshape, tiles, update
 
 Attrs = Mapping[str, Any]
@@ -90,7 +90,7 @@ class Site:
         self.launches: list[Launch] = []
         self.constants: dict[tuple[int, ...], Tensor] = {}
         self.terms: list[tuple[Any, ...]] | None = None
-        self.temp_bytes = self._top = 0
+        self.temp_bytes = self._top = self.arrivals = 0
 
     def begin(self) -> None:
         """A new instruction: its temporaries may lie where the last one's did."""
@@ -101,6 +101,10 @@ class Site:
         self._top += out.bytes
         self.temp_bytes = max(self.temp_bytes, self._top)
         return out
+
+    def counts(self, numel: int) -> Arrivals:
+        self.arrivals = max(self.arrivals, numel)
+        return Arrivals(numel)
 
     def table(self, numbers: Sequence[int]) -> Tensor:
         """Constants on the device, kept as long as the launches."""

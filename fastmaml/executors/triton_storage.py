@@ -81,6 +81,13 @@ class Temp:
         return -(-self.numel * self.dtype.itemsize // 256) * 256
 
 
+@dataclass(frozen=True)
+class Arrivals:
+    """Counts of the programs of a launch that are through with something; all launches use the same, which are zero between them."""
+
+    numel: int
+
+
 def _turned(buffer: Buffer, back: bool = False) -> tuple[int, ...]:
     """The axes of a stored array in the Plan's order; ``back``: the other way round."""
     if buffer.rows and len(buffer.shape) == 3:

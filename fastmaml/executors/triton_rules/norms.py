@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from fastmaml.executors.triton_fusion import Update
+from fastmaml.executors.triton_fused import Pool, Update
 from fastmaml.executors.triton_site import (
     CHUNK,
     SUMMED,
@@ -106,21 +107,26 @@ def batchnorm_bwd_stats(s: Site, attrs: Attrs, inputs: Views, outputs: Views) ->
             s.sum_chunks(s.storage.offsets[x.rows], part, whole, CHUNK, shape["P"], shape["chunks"], shape["C"])
 
 
-def _batchnorm_rows(s: Site, attrs: Attrs, mode: str, x: View, y: View, index: View | None = None, **operands: View | None) -> None:
-    rows_like = ("dy", "xt", "dyt")
-    views = {name: by_channel(s, v) if name in rows_like and index is None else v for name, v in operands.items()}
-    x = by_channel(s, x)
-    y, deliver = delivered(s, y, x.shape[0] if len(y.shape) > 1 else 1)
-    names = ("mean", "rstd", "gamma", "beta", "dy", "s1", "s2", "xt", "mean_t", "rstd_t", "gamma_t", "beta_t", "dyt", "s1t", "s2t")
+def _batchnorm_rows(s: Site, attrs: Attrs, mode: str, y: View, index: View | None = None, **operands: View | None) -> None:
+    """``index``: of dy, where that is of pooled images. What a pool in front chooses (attrs) comes as its images."""
+    pools: dict[str, Pool] = {pool.operand: pool for pool in attrs.get("pools", ())}
+    views = {name: by_channel(s, v) if name in ("x", "xt") or (name in ("dy", "dyt") and index is None) else v for name, v in operands.items()}
+    views |= {pool.operand: pool.images for pool in pools.values()} | {f"{pool.operand}_out": pool.out for pool in pools.values()}
+    index = next(iter(pools.values())).index if pools else index
+    rows = replace(y, shape=attrs["pooled"]) if pools else views["x"] or y  # without statistics of rows, dx does not depend on x
+    (c, p), (bm, bc) = _pixels(rows), _tile(rows.shape[0], numbers=1024 if mode == "jvp" else 2048)  # so many that they stay in registers
+    y, deliver = delivered(s, y, c if len(y.shape) > 1 else 1)
+    names = ("x", "mean", "rstd", "gamma", "beta", "dy", "s1", "s2", "xt", "mean_t", "rstd_t", "gamma_t", "beta_t", "dyt", "s1t", "s2t", "x_out", "xt_out")
     args: dict[str, Any] = {name: data(views.get(name)) for name in names}
-    window = dict.fromkeys(("W", "OH", "OW", "KH", "KW", "SH", "SW"), 1)
-    if index is not None:
-        (kh, kw), (sh, sw) = attrs["kernel"], attrs["stride"]
-        window = dict(W=attrs["input_shape"][2], OH=index.shape[1], OW=index.shape[2], KH=kh, KW=kw, SH=sh, SW=sw)
-    (c, p), (bm, bc) = _pixels(x), _tile(x.shape[0])
-    table, most, tasks = s.own(x.rows)
+    window = dict.fromkeys(("H", "W", "OH", "OW", "KH", "KW", "SH", "SW"), 1)
+    if pools or index:
+        (kh, kw), (sh, sw), (_, h, w) = attrs["kernel"], attrs["stride"], attrs["input_shape"]
+        _, oh, ow = attrs["pooled"] if pools else index.shape
+        window = dict(H=h, W=w, OH=oh, OW=ow, KH=kh, KW=kw, SH=sh, SW=sw)
+    table, most, tasks = s.own(y.rows)
     counted = None if attrs["stat_rows"] is None or not mode.startswith("bwd") else s.storage.offsets[attrs["stat_rows"]]
-    args |= dict(offsets=table, counted=counted, x=x.data, index=data(index), y=y.data, C=c, P=p, MODE=mode, POOLED=index is not None, **window)
+    args |= {f"{name.upper()}_POOLED": pools[name].how if name in pools else None for name in ("x", "xt")}
+    args |= dict(offsets=table, counted=counted, index=data(index), y=y.data, C=c, P=p, MODE=mode, DY_POOLED=mode.startswith("bwd") and index is not None, **window)
     args |= dict(gamma_task=step(views.get("gamma")), beta_task=step(views.get("beta")), BM=bm, BC=bc, **activating(attrs, "relu_mask"))
     s.launch(batchnorm.batchnorm_rows, (blocks(most * p, bm), blocks(c, bc), tasks), **args)
     deliver()
@@ -129,20 +135,20 @@ def _batchnorm_rows(s: Site, attrs: Attrs, mode: str, x: View, y: View, index: V
 @rule("batchnorm_fwd")
 def batchnorm_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     x, mean, rstd, gamma, beta = inputs
-    _batchnorm_rows(s, attrs, "fwd", x, outputs[0], mean=mean, rstd=rstd, gamma=gamma, beta=beta)
+    _batchnorm_rows(s, attrs, "fwd", outputs[0], x=x, mean=mean, rstd=rstd, gamma=gamma, beta=beta)
 
 
 @rule("batchnorm_jvp")
 def batchnorm_jvp(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     x, mean, rstd, gamma, xt, mean_t, rstd_t, gamma_t, beta_t = inputs
     tangents = dict(xt=xt, mean_t=mean_t, rstd_t=rstd_t, gamma_t=gamma_t, beta_t=beta_t)
-    _batchnorm_rows(s, attrs, "jvp", x, outputs[0], mean=mean, rstd=rstd, gamma=gamma, **tangents)
+    _batchnorm_rows(s, attrs, "jvp", outputs[0], x=x, mean=mean, rstd=rstd, gamma=gamma, **tangents)
 
 
 @rule("batchnorm_bwd_input", "batchnorm_maxpool2d_bwd_input")
 def batchnorm_bwd_input(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     x, mean, rstd, gamma, dy, *index, s1, s2 = inputs
-    _batchnorm_rows(s, attrs, "bwd_input", x, outputs[0], *index, mean=mean, rstd=rstd, gamma=gamma, dy=dy, s1=s1, s2=s2)
+    _batchnorm_rows(s, attrs, "bwd_input", outputs[0], *index, x=x, mean=mean, rstd=rstd, gamma=gamma, dy=dy, s1=s1, s2=s2)
 
 
 @rule("batchnorm_bwd_input_jvp", "batchnorm_maxpool2d_bwd_input_jvp")
@@ -150,7 +156,7 @@ def batchnorm_bwd_input_jvp(s: Site, attrs: Attrs, inputs: Views, outputs: Views
     x, mean, rstd, gamma, dy, *index, s1, s2, xt, mean_t, rstd_t, gamma_t, dyt, s1t, s2t = inputs
     primals = dict(mean=mean, rstd=rstd, gamma=gamma, dy=dy, s1=s1, s2=s2)
     tangents = dict(xt=xt, mean_t=mean_t, rstd_t=rstd_t, gamma_t=gamma_t, dyt=dyt, s1t=s1t, s2t=s2t)
-    _batchnorm_rows(s, attrs, "bwd_input_jvp", x, outputs[0], *index, **primals, **tangents)
+    _batchnorm_rows(s, attrs, "bwd_input_jvp", outputs[0], *index, x=x, **primals, **tangents)
 
 
 def _sets(s: Site, attrs: Attrs, name: str, x: View) -> tuple[dict[str, Any], int]:

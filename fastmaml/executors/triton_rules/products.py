@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from fastmaml.executors.triton_fused import Sums
 from fastmaml.executors.triton_site import (
     CHUNK,
     Attrs,
@@ -22,6 +24,8 @@ from fastmaml.executors.triton_site import (
 )
 from fastmaml.executors.triton_storage import View
 from fastmaml.kernels import conv2d, factored_linear
+
+GROUP = 64  # tiles whose sums are merged at once
 
 
 # ---------------------------------------------------------------------------------------------------------------- linear, conv2d
@@ -72,16 +76,33 @@ def _warps(precision: str, rows: int, columns: int) -> dict[str, int]:
     return {"num_warps": 8 if rows * columns >= 4096 and precision.endswith("x3") else 4, "num_stages": 3}
 
 
+def _summing(s: Site, attrs: Attrs, grid: tuple[int, int, int], channels: int) -> dict[str, Any]:
+    """Arguments of a product that ends in sums of a batchnorm; ``grid``: tiles, blocks of channels, tasks."""
+    names = ("x", "mean", "rstd", "dy", "xt", "mean_t", "rstd_t")
+    args: dict[str, Any] = dict.fromkeys(("counted", "parts", "arrivals", "sums", "products", "eps", "SUMS", "GROUP", *(f"bn_{name}" for name in names)))
+    args["slots"] = slots = grid[0] + blocks(grid[0], GROUP)
+    sums: Sums | None = attrs.get("sums")
+    if sums is None:
+        return args
+    if sums.mode != "stats_fwd":
+        given = dict(zip(names if sums.mode != "stats_jvp" else (*names[:3], "xt"), sums.operands, strict=False))
+        args |= {f"bn_{name}": data(view) for name, view in given.items()}
+    one, two = map(data, attrs["sum_outputs"])
+    args |= dict(counted=s.storage.offsets[sums.counted], sums=one, products=two, eps=sums.eps, SUMS=sums.mode, GROUP=GROUP)
+    return args | dict(parts=s.temp(grid[2] * slots * 2 * channels), arrivals=s.counts(grid[2] * grid[1] * slots))
+
+
 def product(s: Site, g: Geometry, pairs: Sequence[tuple[View | None, View | None]], bias: View | None, y: View, reverse: bool, attrs: Attrs) -> None:
     """y = the sum of x * w over the pairs where neither is absent, and the bias; then the activation, if attrs have one."""
     given = [pair for pair in pairs if None not in pair]
     (x, w), (x2, w2) = (*given, (None, None), (None, None))[:2]
-    table, most, tasks = s.offsets(y.rows, w, w2, bias)
+    table, most, tasks = s.own(y.rows) if attrs.get("sums") else s.offsets(y.rows, w, w2, bias)
     m = 64 if g.OH * g.OW >= 16 else 32
     n, k = power(g.CO, 16, 64), power(g.depth, 16, 32)
     grid = (blocks(most * g.OH * g.OW, m), blocks(g.CO, n), tasks)
     args = dict(offsets=table, x=data(x), w=data(w), x2=data(x2), w2=data(w2), bias=data(bias), y=y.data)
-    args |= dict(w_task=step(w), w2_task=step(w2), bias_task=step(bias), **vars(g), REVERSED=reverse, BM=m, BN=n, BK=k, PRECISION=s.precision, **activating(attrs))
+    args |= dict(w_task=step(w), w2_task=step(w2), bias_task=step(bias), **vars(g), REVERSED=reverse, BM=m, BN=n, BK=k, PRECISION=s.precision)
+    args |= activating(attrs) | _summing(s, attrs, grid, g.CO)
     s.launch(conv2d.conv2d_rows, grid, _warps(s.precision, m, n), **args)
 
 
