@@ -313,6 +313,7 @@ def fusible(kind: str) -> tuple[Case, Plan]:
 MODES = {"fwd": "relu_fwd", "jvp": "relu_jvp", "bwd_input": "relu_bwd", "bwd_input_jvp": "relu_bwd_jvp"}
 FUSED = [f"{op}_{mode}+{relu}" for op in ("linear", "conv2d", "batchnorm") for mode, relu in MODES.items()]
 FUSED += [f"{op}_bwd_weight{jvp}" for op in ("linear", "conv2d") for jvp in ("+sgd_fwd", "_jvp+axpy_fwd")]
+FUSED += ["patch_stats_bwd+add_fwd+sgd_fwd", "patch_stats_bwd_jvp+add_fwd"]
 NOT_IN_PLANS = {f"{op}_replay" for op in ("batchnorm_maxpool2d",)}  # of replayed runs, which are the torch executor's
 
 

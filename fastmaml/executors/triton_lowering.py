@@ -116,7 +116,7 @@ class Lowering:
 
         if instr.activation:
             return {"activation": replace(instr.activation, mask=view(instr.activation.mask))}
-        return {"updates": tuple(u and replace(u, base=view(u.base), scale=view(u.scale)) for u in instr.updates)}
+        return {"updates": tuple(u and replace(u, base=view(u.base), scale=view(u.scale), plus=view(u.plus)) for u in instr.updates)}
 
     def _share(self, name: str) -> View:
         """What one task adds to a sum over tasks."""
