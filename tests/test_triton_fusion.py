@@ -44,6 +44,29 @@ def test_launches_of_conv4() -> None:
     assert (after["axpys"], after["all_finite"], after["sum_tasks"]) == (2, 1, 1), "batchnorm's steps, and their reverse; all gradients"
 
 
+def test_tasks_share_the_first_step() -> None:
+    """Products that read theta_0 alone walk over the rows of all tasks as over one task's: no weight is copied, and a tile may hold rows of two tasks."""
+    launches = Lowering(fuse(conv4()), Bucket(32, 5, 75), "meta").halves[0]
+    products = [launch for launch in launches if launch.kernel.__name__ == "conv2d_rows"]
+    shared = [launch for launch in products if launch.grid[2] == 1]
+    assert len(shared) == 9, "forward, and back to every layer's input; the tangent of a weight is each task's own"
+    assert all(launch.arguments["w_task"] == 0 and launch.arguments["offsets"].numel() == 2 for launch in shared)
+    sizes = [(5 * launch.arguments["OH"] * launch.arguments["OW"], launch.arguments["BM"]) for launch in shared]
+    assert sum(launch.grid[0] for launch in shared) == 3286 and sum(32 * -(-n // tile) for n, tile in sizes) == 3456, "in tiles of each task's own"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_last_gradients_of_many_tasks_are_summed_in_the_accumulator(steps: int) -> None:
+    """Of 64 tasks two by each program; those of 32 are only looked at, whether they are finite."""
+    plan = fuse(conv4(steps))
+    few, many = (Lowering(plan, Bucket(tasks, 5, 75), "meta") for tasks in (32, 64))
+    layers = {f"theta_bar.block{i}.conv.weight": 1 for i in (2, 3, 4)} | {"theta_bar.classifier.weight": 1}
+    assert {summed.source: summed.group for summed in few.sums.values()} == layers
+    assert {summed.source: summed.group for summed in many.sums.values()} == layers | {name: 2 for name in layers if "block" in name}
+    names = Counter(launch.kernel.__name__ for launch in many.halves[0])
+    assert names["conv2d_weight_tasks"] == 3 and names.total() == len(few.halves[0]), "no launch more"
+
+
 def test_what_is_fused_in_conv4() -> None:
     found = chains(fuse(conv4()))
     assert found == {
