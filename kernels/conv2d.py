@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from fastmaml.kernels.relu import activated
 from fastmaml.kernels.tile_sums import tile_sums
-from fastmaml.kernels.tiles import product, rows_of, updated
+from fastmaml.kernels.tiles import address, product, rows_of, updated
 
 
 @triton.jit
-def _moved(at, tap, STRIDE: tl.constexpr, BEFORE: tl.constexpr, SIZE: tl.constexpr, REVERSED: tl.constexpr):
+def _moved(at, tap, STRIDE, BEFORE, SIZE, REVERSED: tl.constexpr):
     """Where a tap leads, and whether that is inside: from an output to the input, or REVERSED."""
     if REVERSED:
         far = at + BEFORE - tap
@@ -30,8 +30,7 @@ def _moved(at, tap, STRIDE: tl.constexpr, BEFORE: tl.constexpr, SIZE: tl.constex
 
 
 @triton.jit
-def _taps(m, k, pixels_mask, H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-          SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr, REVERSED: tl.constexpr):  # fmt: skip
+def _taps(m, k, pixels_mask, H, W, CI, OH, OW, KH, KW, SH, SW, PT, PL, REVERSED: tl.constexpr):
     """(offsets from the task's first image, mask) of x at pixels ``m`` moved by the taps and channels ``k``; one of them is a column, the other a row."""
     p = m % (OH * OW)
     tap = k // CI
@@ -105,13 +104,30 @@ def _outer(acc, x, dy, k, n, begin, end, H: tl.constexpr, W: tl.constexpr, CI: t
 
 
 @triton.jit
-def conv2d_weight(offsets, x, dy, x2, dy2, dw, db, w_base, w_scale, w_sign, b_base, b_scale, b_sign, chunk, chunks, dw_task, db_task,
+def _row_sum(dy, n, begin, end, CO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """The sum of dy over the pixels begin .. end of a task."""
+    total = tl.zeros((BN,), tl.float32)
+    for m0 in range(begin, end, BM):
+        m = m0 + tl.arange(0, BM)
+        total += tl.sum(tl.load(dy + m[:, None] * CO + n[None, :], (m < end)[:, None] & (n < CO)[None, :], 0.0), 0)
+    return total
+
+
+@triton.jit
+def _mark(finite, t, v, at, mask):
+    """finite[t] = 0 where a number of a tile v is not finite (whoever finds one writes the same 0)."""
+    if finite is not None:
+        tl.store(finite + t + tl.zeros_like(at), 0, mask & (v - v != 0))
+
+
+@triton.jit
+def conv2d_weight(offsets, x, dy, x2, dy2, dw, db, w_base, w_scale, w_sign, b_base, b_scale, b_sign, finite, chunk, chunks, dw_task, db_task,
                   w_base_task, w_scale_task, b_base_task, b_scale_task,
                   H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, CO: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                   SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr, W_TAP: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr,
                   TILES_N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dw = x^T dy + x2^T dy2 and db = sum dy, of one chunk of a task's pixels; with a base, where that chunk is all,
-    dw = w_base + w_sign w_scale (x^T dy + x2^T dy2), and db likewise. Grid: tiles of dw, chunks, tasks.
+    dw = w_base + w_sign w_scale (x^T dy + x2^T dy2), and db likewise. finite[task] = 0 where a number of dw is not. Grid: tiles of dw, chunks, tasks.
 
     bwd_weight: (x, dy). bwd_weight_jvp: (x, dyt), (xt, dy). sgd: base = theta, scale = its rate, sign = -1."""
     tile, s, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -132,11 +148,72 @@ def conv2d_weight(offsets, x, dy, x2, dy2, dw, db, w_base, w_scale, w_sign, b_ba
             at = (k // CI * W_TAP + k % CI * W_IN)[:, None] + (n * W_OUT)[None, :]
             there = (k < KH * KW * CI)[:, None] & (n < CO)[None, :]
             acc = updated(acc, w_base, w_scale, w_sign, w_scale_task, t, t.to(tl.int64) * w_base_task + at, there)
+            _mark(finite, t, acc, at, there)
             tl.store(dw + slot * dw_task + at, acc, there)
         if db is not None and tile // TILES_N == 0:
-            total = tl.zeros((BN,), tl.float32)
-            for m0 in range(begin, end, BM):
-                m = m0 + tl.arange(0, BM)
-                total += tl.sum(tl.load(dy + pixel + m[:, None] * CO + n[None, :], (m < end)[:, None] & (n < CO)[None, :], 0.0), 0)
+            total = _row_sum(dy + pixel, n, begin, end, CO, BM, BN)
             total = updated(total, b_base, b_scale, b_sign, b_scale_task, t, t.to(tl.int64) * b_base_task + n, n < CO)
             tl.store(db + slot * db_task + n, total, n < CO)
+
+
+@triton.jit
+def conv2d_weight_tasks(offsets, x, dy, x2, dy2, sums, db, w_base, w_scale, w_sign, b_base, b_scale, b_sign, weights, finite, tasks, group, db_task,
+                        w_base_task, w_scale_task, b_base_task, b_scale_task,
+                        H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, CO: tl.constexpr, KH: tl.constexpr,
+                        KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr, W_TAP: tl.constexpr, W_IN: tl.constexpr,
+                        W_OUT: tl.constexpr, TILES_N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """sums[chunk] = the sum over ``group`` tasks of weight dw, dw and db as in conv2d_weight; dw of a task is never stored, but finite[task] = 0 where a number of
+    it is not (then ``weight_numbers`` make the sum). Grid: tiles of dw, chunks."""
+    tile, s = tl.program_id(0), tl.program_id(1)
+    k = tile // TILES_N * BK + tl.arange(0, BK)
+    n = tile % TILES_N * BN + tl.arange(0, BN)
+    at = (k // CI * W_TAP + k % CI * W_IN)[:, None] + (n * W_OUT)[None, :]
+    there = (k < KH * KW * CI)[:, None] & (n < CO)[None, :]
+    total = tl.zeros((BK, BN), tl.float32)
+    for t in range(s * group, tl.minimum(s * group + group, tasks)):
+        first, rows = rows_of(offsets, t)
+        end, image, pixel = rows * (OH * OW), first * (H * W * CI), first * (OH * OW * CO)
+        acc = tl.zeros((BK, BN), tl.float32)
+        if dy is not None:
+            acc = _outer(acc, x + image, dy + pixel, k, n, 0, end, H, W, CI, OH, OW, CO, KH, KW, SH, SW, PT, PL, BM, PRECISION)
+        if x2 is not None:
+            acc = _outer(acc, x2 + image, dy2 + pixel, k, n, 0, end, H, W, CI, OH, OW, CO, KH, KW, SH, SW, PT, PL, BM, PRECISION)
+        acc = updated(acc, w_base, w_scale, w_sign, w_scale_task, t, t * w_base_task + at, there)
+        _mark(finite, t, acc, at, there)
+        total += tl.load(weights + t) * acc
+        if db is not None and tile // TILES_N == 0:
+            bias = updated(_row_sum(dy + pixel, n, 0, end, CO, BM, BN), b_base, b_scale, b_sign, b_scale_task, t, t * b_base_task + n, n < CO)
+            tl.store(db + t * db_task + n, bias, n < CO)
+    tl.store(sums + s.to(tl.int64) * (KH * KW * CI * CO) + at, total, there)
+
+
+@triton.jit
+def _number(row):
+    return tl.load(row).to(tl.int32)
+
+
+@triton.jit
+def weight_numbers(row, t, i, mask, BM: tl.constexpr):
+    """Numbers i of dw of task t as in conv2d_weight_tasks, of any product: ``row`` [25] has addresses of offsets, x, dy, x2, dy2, base, scale (0: absent), then
+    base_task, scale_task, sign, and H .. W_OUT."""
+    H, W, CI, OH, OW, CO = _number(row + 10), _number(row + 11), _number(row + 12), _number(row + 13), _number(row + 14), _number(row + 15)
+    KH, KW, SH, SW, PT, PL = _number(row + 16), _number(row + 17), _number(row + 18), _number(row + 19), _number(row + 20), _number(row + 21)
+    first, rows = rows_of(tl.load(row).to(tl.pointer_type(tl.int32)), t)
+    end = rows * (OH * OW)
+    outputs_last = tl.load(row + 24) == 1
+    k, n = tl.where(outputs_last, i // CO, i % CI), tl.where(outputs_last, i % CO, i // CI)
+    g = tl.zeros(i.shape, tl.float32)
+    for pair in tl.static_range(1, 5, 2):
+        if tl.load(row + pair + 1) != 0:
+            x, dy = address(row + pair) + first * (H * W * CI), address(row + pair + 1) + first * (OH * OW * CO)
+            for m0 in range(0, end, BM):
+                m = m0 + tl.arange(0, BM)
+                there = (m < end)[None, :] & mask[:, None]
+                at, inside = _taps(m[None, :], k[:, None], there, H, W, CI, OH, OW, KH, KW, SH, SW, PT, PL, False)
+                g += tl.sum(tl.load(x + at, inside, 0.0) * tl.load(dy + m[None, :] * CO + n[:, None], there, 0.0), 1)
+    g *= tl.load(row + 9).to(tl.float32)
+    if tl.load(row + 6) != 0:
+        g *= tl.load(address(row + 6) + t * tl.load(row + 8))
+    if tl.load(row + 5) != 0:
+        g += tl.load(address(row + 5) + t * tl.load(row + 7) + i, mask, 0.0)
+    return g

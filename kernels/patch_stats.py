@@ -12,7 +12,7 @@ All in double: of neighbouring pixels, which are nearly equal, a filter takes th
 import triton
 import triton.language as tl
 from fastmaml.kernels.conv2d import _taps
-from fastmaml.kernels.tiles import rows_of
+from fastmaml.kernels.tiles import rows_of, updated
 
 
 @triton.jit
@@ -136,9 +136,10 @@ def patch_stats(moments, w, rstd, wt, mean, second, eps, CI, TAPS, outputs, mome
 
 
 @triton.jit
-def patch_stats_weight(moments, w, gamma, rstd, s1, s2, wt, gamma_t, rstd_t, s1t, s2t, dw, CI, TAPS, outputs, moments_task, w_task, gamma_task, wt_task, dw_task,
+def patch_stats_weight(moments, w, gamma, rstd, s1, s2, wt, gamma_t, rstd_t, s1t, s2t, plus, base, scale, sign, dw, CI, TAPS, outputs,
+                       moments_task, w_task, gamma_task, wt_task, plus_task, base_task, scale_task, dw_task,
                        TANGENT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr):  # fmt: skip
-    """``bwd``; TANGENT: ``bwd_jvp``. Grid: rows of the weight, outputs, tasks."""
+    """``bwd``; TANGENT: ``bwd_jvp``. With ``plus`` the sum of both, and with a base base + sign scale times that. Grid: rows of the weight, outputs, tasks."""
     t = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
@@ -146,19 +147,23 @@ def patch_stats_weight(moments, w, gamma, rstd, s1, s2, wt, gamma_t, rstd_t, s1t
     size = TAPS * CI
     g, r = _double(gamma, t, gamma_task, o, outputs, 1.0), _double(rstd, t, outputs, o, outputs, 0.0)
     one, two = _double(s1, t, outputs, o, outputs, 0.0), _double(s2, t, outputs, o, outputs, 0.0)
-    scale = g * r
-    a, e = scale * one, scale * r * two
+    gr = g * r
+    a, e = gr * one, gr * r * two
     m = _moment(moments, i, i < size, size)[:, None]
     y = _rows_of_product(moments, w, i, o, CI, TAPS, outputs, BI)
     if TANGENT:
         rt = _double(rstd_t, t, outputs, o, outputs, 0.0)
-        scale_t = _double(gamma_t, t, outputs, o, outputs, 0.0) * r + g * rt
-        a_t = scale_t * one + scale * _double(s1t, t, outputs, o, outputs, 0.0)
-        e_t = (scale_t * r + scale * rt) * two + scale * r * _double(s2t, t, outputs, o, outputs, 0.0)
+        gr_t = _double(gamma_t, t, outputs, o, outputs, 0.0) * r + g * rt
+        a_t = gr_t * one + gr * _double(s1t, t, outputs, o, outputs, 0.0)
+        e_t = (gr_t * r + gr * rt) * two + gr * r * _double(s2t, t, outputs, o, outputs, 0.0)
         v = a_t * m + e_t * y
         if wt is not None:
             v += e * _rows_of_product(moments, wt + t * wt_task, i, o, CI, TAPS, outputs, BI)
     else:
         v = a * m + e * y
     at = (i % TAPS * CI + i // TAPS)[:, None] * outputs + o[None, :]
-    tl.store(dw + t * dw_task + at, -v.to(tl.float32), (i < size)[:, None] & (o < outputs)[None, :])
+    there = (i < size)[:, None] & (o < outputs)[None, :]
+    if plus is not None:
+        v -= tl.load(plus + t * plus_task + at, there, 0.0).to(tl.float64)
+    v = updated(-v.to(tl.float32), base, scale, sign, scale_task, t, t * base_task + at, there)
+    tl.store(dw + t * dw_task + at, v, there)

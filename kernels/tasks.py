@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from fastmaml.kernels.conv2d import weight_numbers
 from fastmaml.kernels.tiles import address, array_of
 
 
@@ -23,12 +24,25 @@ def all_finite(blocks, arrays, finite, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_tasks(blocks, arrays, weights, finite, tasks, BLOCK: tl.constexpr):
-    """y = sum over the finite tasks of weight x. ``arrays`` [n, 4]: addresses of x and y, numbers of a task, x_task. Grid: blocks."""
-    row, block = array_of(blocks, arrays, 4)
-    x, n, x_task = address(row), tl.load(row + 2), tl.load(row + 3)
+    """y = sum over the finite tasks of weight x. ``arrays`` [n, 30]: addresses of x and y, numbers of a task, x_task, chunks, and of a product what
+    conv2d.weight_numbers reads. Of a product x has not tasks but chunks of them, summed already: where a task is not finite, it is made again. Grid: blocks."""
+    row, block = array_of(blocks, arrays, 30)
+    x, n, x_task, chunks = address(row), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     i = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for t in range(0, tasks):
-        v = tl.load(weights + t) * tl.load(x + t * x_task + i, i < n, 0.0)
-        total += tl.where(tl.load(finite + t) != 0, v, 0.0)
+    if chunks == 0:
+        for t in range(0, tasks):
+            v = tl.load(weights + t) * tl.load(x + t * x_task + i, i < n, 0.0)
+            total += tl.where(tl.load(finite + t) != 0, v, 0.0)
+    else:
+        there = 0
+        for t in range(0, tasks):
+            there += tl.load(finite + t)
+        if there == tasks:
+            for s in range(0, chunks):
+                total += tl.load(x + s * x_task + i, i < n, 0.0)
+        else:
+            for t in range(0, tasks):
+                if tl.load(finite + t) != 0:
+                    total += tl.load(weights + t) * weight_numbers(row + 5, t, i, i < n, 4)
     tl.store(address(row + 1) + i, total, i < n)

@@ -32,6 +32,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
 REGISTERS = {  # by kernel; all others
     "conv2d_rows": 248,
     "conv2d_weight": 248,
+    "conv2d_weight_tasks": 248,
     "batchnorm_sums": 128,
     "batchnorm_rows": 144,
     "layernorm_moments": 128,
@@ -41,9 +42,9 @@ REGISTERS = {  # by kernel; all others
 REGISTERS_ELSEWHERE = 96
 
 
-def net_plan(program: Program, **options: Any) -> Plan:
+def net_plan(program: Program, learned: bool = True, **options: Any) -> Plan:
     program = program.with_roles(lambda _: "adapted")
-    rates = {leaf.name: Rate("lr", learned=True) for leaf in program.leaves}
+    rates = {leaf.name: Rate("lr", learned=learned) for leaf in program.leaves}
     return build_plan(program, Arrangement(steps=2, rates=rates, support_rows=5, **options))
 
 
@@ -58,8 +59,11 @@ def launches(random_too: bool = True) -> list[Any]:
         plans.append((random_case(random.Random(seed), conv=seed % 2 == 0).plan(), Bucket(3, 7, 6)))
     plans += [(fuse(plan), bucket) for plan, bucket in plans]
     found = [launch for plan, bucket in plans for half in Lowering(plan, bucket, "meta").halves for launch in half]
-    for plan, bucket in plans[:1]:  # products alone know a precision
-        found += [launch for half in Lowering(plan, bucket, "meta", "medium").halves for launch in half if "PRECISION" in launch.arguments]
+    conv4 = trace(nets.PyTorchMAMLConv().train(), (1, 28, 28))
+    many = [(fuse(plan), Bucket(64, 5, 15)) for plan in (net_plan(conv4), net_plan(conv4, learned=False, first_order=True))]  # so many tasks that some are summed
+    for plan, bucket in (*plans[:1], *many):  # products alone know a precision
+        for precision in ("highest", "high", "medium"):
+            found += [launch for half in Lowering(plan, bucket, "meta", precision).halves for launch in half if "PRECISION" in launch.arguments]
     return found
 
 
@@ -113,6 +117,7 @@ def check(launch: Any, capability: int) -> None:
 def test_every_kernel(capability: int) -> None:
     for launch in distinct(mode).values():
         check(launch, capability)
+    assert {launch.arguments["PRECISION"] for launch in launches() if launch.kernel.__name__ == "conv2d_weight_tasks"} == {"tf32", "tf32x3", "bf16", "bf16x3"}
 
 
 def test_without_operands() -> None:

@@ -38,19 +38,43 @@ def test_launches_of_conv4() -> None:
     from its patches are small launches in the place of passes over its images."""
     plan = conv4()
     before, after = launched(plan), launched(fuse(plan))
-    assert (before.total(), after.total()) == (162, 88)
+    assert (before.total(), after.total()) == (162, 86)
     assert not {"relu_fwd", "relu_masked", "reshape"} & set(after), "every relu is an epilogue, nothing is copied"
     assert not {"batchnorm_moments", "batchnorm_stats_fwd", "batchnorm_sums"} & set(after), "every sum of a batchnorm is made by the product in front"
     assert not {"maxpool2d_fwd", "maxpool2d_gather", "maxpool2d_bwd"} & set(after), "nothing is pooled by itself"
     assert (after["conv2d_rows"], after["batchnorm_rows"], after["conv2d_weight"]) == (27, 24, 15), "what is left of a block: 2 forward, 3 back"
-    assert after["axpy"] == 3, "the first layer's gradient and its tangent, of two parts, and its update; every other update of a weight is an epilogue"
+    assert after["axpy"] == 1, "the gradient of the first layer's bias, which is zero; every other update of a weight is an epilogue or a term of axpys"
     assert (after["patch_moments_sums"], after["patch_stats"], after["patch_stats_weight"]) == (1, 2, 2)
     assert (after["axpys"], after["all_finite"], after["sum_tasks"]) == (2, 1, 1), "batchnorm's steps, and their reverse; all gradients"
 
 
 def test_launches_of_five_steps() -> None:
     plan = conv4(5)
-    assert (launched(plan).total(), launched(fuse(plan)).total()) == (734, 397)
+    assert (launched(plan).total(), launched(fuse(plan)).total()) == (734, 387)
+
+
+def test_tasks_share_the_first_step() -> None:
+    """Products that read theta_0 alone read one copy of it; those that make no sums of a batchnorm, whose tiles are each task's own, walk over the rows of all
+    tasks as over one task's, and a tile may hold rows of two tasks."""
+    launches = Lowering(fuse(conv4()), Bucket(32, 5, 75), "meta").halves[0]
+    products = [launch for launch in launches if launch.kernel.__name__ == "conv2d_rows" and launch.arguments["x2"] is None]
+    shared = [launch for launch in products if launch.arguments["w_task"] == 0]
+    assert len(shared) == 9, "forward, and back to every layer's input; the tangent of a weight is each task's own"
+    whole = [launch for launch in shared if launch.grid[2] == 1]
+    assert [launch.arguments["SUMS"] is None for launch in shared] == [launch in whole for launch in shared] and len(whole) == 2
+    assert all(launch.arguments["offsets"].numel() == 2 for launch in whole)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_last_gradients_of_many_tasks_are_summed_in_the_accumulator(steps: int) -> None:
+    """Of 64 tasks two by each program; those of 32 are only looked at, whether they are finite."""
+    plan = fuse(conv4(steps))
+    few, many = (Lowering(plan, Bucket(tasks, 5, 75), "meta") for tasks in (32, 64))
+    layers = {f"theta_bar.block{i}.conv.weight": 1 for i in (2, 3, 4)} | {"theta_bar.classifier.weight": 1}
+    assert {summed.source: summed.group for summed in few.sums.values()} == layers
+    assert {summed.source: summed.group for summed in many.sums.values()} == layers | {name: 2 for name in layers if "block" in name}
+    names = Counter(launch.kernel.__name__ for launch in many.halves[0])
+    assert names["conv2d_weight_tasks"] == 3 and names.total() == len(few.halves[0]), "no launch more"
 
 
 def test_what_is_fused_in_conv4() -> None:
@@ -71,6 +95,8 @@ def test_what_is_fused_in_conv4() -> None:
         "batchnorm_bwd_input_jvp+maxpool2d_bwd_jvp": 1,
         "conv2d_bwd_weight+sgd_fwd+sgd_fwd": 3,
         "conv2d_bwd_weight_jvp+axpy_fwd+axpy_fwd": 3,
+        "patch_stats_bwd+add_fwd+sgd_fwd": 1,
+        "patch_stats_bwd_jvp+add_fwd": 1,  # its direction is what the update would write over
         "linear_bwd_weight+sgd_fwd+sgd_fwd": 1,
         "linear_bwd_weight_jvp+axpy_fwd+axpy_fwd": 1,
     }

@@ -21,11 +21,16 @@ class Activation:
 
 @dataclass(frozen=True)
 class Update:
-    """What becomes of a gradient g: base + sign scale g. Operands: Refs, later Views."""
+    """What becomes of a gradient g: base + sign scale (plus + g). Operands: Refs, later Views."""
 
     base: Any
     scale: Any
     sign: float
+    plus: Any = None
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        return tuple(operand for operand in (self.base, self.scale, self.plus) if operand is not None)
 
 
 @dataclass(frozen=True)

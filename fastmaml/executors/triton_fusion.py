@@ -1,7 +1,7 @@
 """Patterns of a Plan's instructions that become one launch: what would be done next to a result is done as it is stored.
 
     linear, conv2d, batchnorm + relu    any of their modes: the activation, its reverse or its tangent; reshapes before or behind it that move nothing are gone
-    bwd_weight + sgd or axpy            the gradient is added to what it is for, and is never stored itself
+    bwd_weight + add, sgd or axpy       the gradient is added to what it is for, and is never stored itself
     copy                                the two arrays become one
     what surrounds a batchnorm          triton_fusion_norms.py
 
@@ -23,7 +23,8 @@ from fastmaml.plan.instructions import Buffer, Group, Instruction, Operand, Plan
 
 PRODUCTS = {f"{op}_{mode}" for op in ("linear", "conv2d", "batchnorm") for mode in ("fwd", "jvp", "bwd_input", "bwd_input_jvp")}
 PRODUCTS |= {"batchnorm_maxpool2d_bwd_input", "batchnorm_maxpool2d_bwd_input_jvp"}
-GRADIENTS = {f"{op}_bwd_weight{jvp}" for op in ("linear", "conv2d", "layernorm", "groupnorm") for jvp in ("", "_jvp")} | {"row_sum_bwd", "row_sum_bwd_jvp"}
+SHARES = {"patch_stats_bwd", "patch_stats_bwd_jvp"}  # of a gradient whose larger part is there already: both are summed before the update
+GRADIENTS = {f"{op}_bwd_weight{jvp}" for op in ("linear", "conv2d", "layernorm", "groupnorm") for jvp in ("", "_jvp")} | {"row_sum_bwd", "row_sum_bwd_jvp"} | SHARES
 MASKED = {f"{op}_{mode}": operands for op in ("relu", "leaky_relu") for mode, operands in (("jvp", (1, 0)), ("bwd", (1, 0)), ("bwd_jvp", (1, 0)), ("replay", (0, 1)))}
 
 
@@ -135,23 +136,35 @@ class _Fusion(Moves):
             return
         group, first = self.code[name][i]
         outputs, updates, parts = list(first.outputs), [None] * len(first.outputs), [first]
-        for which, gradient in enumerate(first.outputs):
-            if gradient is None or not self.uses.private(gradient) or self.buffers[gradient.buffer].steps:
-                continue
-            before: list[Instruction] = []
-            for code, j in self._after(name, i):
-                instr = code[j][1]
-                if gradient in instr.inputs:
-                    update = self._as_update(instr, gradient)
-                    if update is not None and self._may_run_before(instr, before, gradient):
-                        outputs[which], updates[which] = instr.outputs[0], update
-                        parts.append(instr)
-                        del code[j]
+        for which in range(len(outputs)):
+            plus = None
+            while found := self._take_update(name, i, outputs[which], plus):
+                part, updates[which] = found
+                parts.append(part)
+                outputs[which] = part.outputs[0]
+                if plus is not None or part.kernel != "add_fwd" or first.kernel not in SHARES:
                     break
-                before.append(instr)
+                plus = updates[which].base
         if len(parts) > 1:
-            more = tuple(ref for update in updates if update for ref in (update.base, update.scale) if ref is not None)
+            more = tuple(ref for update in updates if update for ref in update.operands)
             self.code[name][i] = group, Fused(first.kernel, (*first.inputs, *more), tuple(outputs), first.attrs, tuple(parts), None, tuple(updates), places=places(first))
+
+    def _take_update(self, name: str, i: int, gradient: Operand, plus: Operand) -> tuple[Instruction, Update] | None:
+        """Takes the instruction away that adds ``gradient`` of instruction i, or plus + gradient, to something, if i can end in that."""
+        if gradient is None or not self.uses.private(gradient) or self.buffers[gradient.buffer].steps:
+            return None
+        before: list[Instruction] = []
+        for code, j in self._after(name, i):
+            instr = code[j][1]
+            if gradient in instr.inputs:
+                update = self._as_update(instr, gradient, plus)
+                read_whole = self._place(instr.outputs[0]) in {self._place(ref) for ref in self.code[name][i][1].reads()}  # by other programs, too
+                if update is None or read_whole or not self._may_run_before(instr, before, gradient):
+                    break
+                del code[j]
+                return instr, update
+            before.append(instr)
+        return None
 
     def _after(self, name: str, i: int) -> Iterator[tuple[list[tuple[int, Instruction]], int]]:
         """The places behind instruction i: of its segment, and of those that follow it at each step."""
@@ -164,17 +177,19 @@ class _Fusion(Moves):
                     return
                 yield from ((self.code[other], j) for j in range(len(self.code[other])))
 
-    def _as_update(self, instr: Instruction, gradient: Ref) -> Update | None:
+    def _as_update(self, instr: Instruction, gradient: Ref, plus: Operand) -> Update | None:
         """If the instruction adds the gradient to something, with a scalar factor."""
         if instr.kernel == "sgd_fwd":
             base, g, scale, sign = *instr.inputs, -1.0
         elif instr.kernel == "axpy_fwd":
             base, g, scale, sign = *instr.inputs, instr.attrs["sign"]
+        elif instr.kernel == "add_fwd":
+            base, g, scale, sign = *(instr.inputs if instr.inputs[1] == gradient else instr.inputs[::-1]), None, 1.0
         else:
             return None
         each = scale is not None and self.buffers[scale.buffer].numel > 1
-        alike = base is not None and self._whole(base) == self._whole(gradient) == self._whole(instr.outputs[0])
-        return Update(base, scale, sign) if g == gradient and alike and not each else None
+        alike = base not in (None, gradient) and self._whole(base) == self._whole(gradient) == self._whole(instr.outputs[0])
+        return Update(base, scale, sign, plus) if g == gradient and alike and not each else None
 
     def _whole(self, ref: Operand) -> tuple[Any, ...] | None:
         buffer: Buffer | None = ref and self.buffers[ref.buffer]

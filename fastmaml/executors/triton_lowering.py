@@ -6,12 +6,14 @@ What triton_fusion.py has put together is an instruction here. Sums of weights t
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from fastmaml.executors import triton_sums
 from fastmaml.executors.triton_fused import Fused
 from fastmaml.executors.triton_rules import RULES
 from fastmaml.executors.triton_site import BLOCK, Launch, Site, blocks, pointer
@@ -33,7 +35,9 @@ class Lowering:
     """
 
     def __init__(self, plan: Plan, bucket: Bucket, device: torch.device | str, precision: str = "high") -> None:
-        self.plan, self.bucket, self.precision = plan, bucket, precision
+        self.bucket, self.precision = bucket, precision
+        self.sums = triton_sums.find(plan, bucket, list(_uses(plan)))
+        self.plan = plan = triton_sums.keeping(plan, [instr for instr, step, _ in _uses(plan) if (id(instr), step) in self.sums and self.sums[id(instr), step].group > 1])
         self.storage = Storage(plan, bucket, device, _shares(plan))
         self.site = Site(self.storage)
         self.halves, self.written, done = [], [], {}
@@ -51,21 +55,16 @@ class Lowering:
         return self.storage.bytes | {"sums of chunks": self.site.temp_bytes + 4 * self.site.arrivals}
 
     def _half(self, half: int, done: dict[tuple[str, int], None]) -> None:
-        phases = [phase for phase in self.plan.schedule if phase.half == half]
         if half:
             done.update(((name, slot), None) for name in self.plan.late for slot in range(max(self.plan.buffers[name].steps, 1)))
-        of_tasks = [i for i, phase in enumerate(phases) if phase.scope == "task"]
-        first = of_tasks[0] if of_tasks else len(phases)
-        last = half == self.plan.entries - 1
-        after = [phase for phase in phases[first:] if phase.scope != "task"] if last else []
-        for phase in (*phases[:first], *(p for p in phases[first:] if p.scope == "task"), *(p for p in after if p.scope == "batch")):
-            self._phase(phase, done, shared=phase in after)
+        before, behind = _phases(self.plan, half)
+        for i, phase in enumerate(before):
+            self._phase(phase, done, shared=phase.scope == "batch" and any(p.scope == "task" for p in before[:i]))
         self._finite(done)
-        if last:
+        if half == self.plan.entries - 1:
             self._sums(done)
-            for phase in after:
-                if phase.scope == "meta":
-                    self._phase(phase, done, shared=False)
+            for phase in behind:
+                self._phase(phase, done, shared=False)
 
     def _phase(self, phase: Phase, done: dict[tuple[str, int], None], shared: bool) -> None:
         self.site.tasks = 1 if phase.scope == "meta" else self.bucket.tasks
@@ -104,6 +103,8 @@ class Lowering:
         if isinstance(instr, Fused):
             attrs = {**attrs, **self._epilogue(instr, step), "sum_outputs": outputs[-2:]}
             inputs, outputs = inputs[: instr.places[0]], outputs[: instr.places[1]]
+        if (id(instr), step) in self.sums:
+            attrs = {**attrs, "summed": self.sums[id(instr), step]}
         if any(key is not None for key in keys):
             RULES[instr.kernel](self.site, attrs, inputs, outputs)
         done.update(dict.fromkeys(key for key in keys if key is not None))
@@ -119,7 +120,7 @@ class Lowering:
             "pools": tuple(replace(p, images=view(p.images), index=view(p.index), out=view(p.out)) for p in instr.pools),
             "activation": activation and replace(activation, mask=view(activation.mask)),
             "sums": sums and replace(sums, operands=tuple(map(view, sums.operands))),
-            "updates": tuple(u and replace(u, base=view(u.base), scale=view(u.scale)) for u in instr.updates) or (None, None),
+            "updates": tuple(u and replace(u, base=view(u.base), scale=view(u.scale), plus=view(u.plus)) for u in instr.updates) or (None, None),
         }
 
     def _share(self, name: str) -> View:
@@ -131,6 +132,7 @@ class Lowering:
     def _finite(self, done: dict[tuple[str, int], None]) -> None:
         """Marks the tasks with a loss, logits, or a part of a gradient that is not finite."""
         names = [n for n in self.plan.results if n.startswith(("loss", "logits"))] + [r.source.buffer for r in self.plan.reductions]
+        names = set(names) - {summed.source for summed in self.sums.values()}  # the products look themselves
         views = [self.storage.view(name, slot) for name, slot in done if name in names]
         views += [self._share(name) for name, _ in done if name in self.storage.shares]
         rows = [[pointer(v), self.storage.offsets[v.rows].data_ptr() if v.rows else 0, v.numel, v.task] for v in views]
@@ -139,14 +141,15 @@ class Lowering:
             self.site.launch(tasks.all_finite, (programs, self.bucket.tasks), **args, finite=self.storage.finite, BLOCK=BLOCK)
 
     def _sums(self, done: dict[tuple[str, int], None]) -> None:
-        pairs = []
+        pairs, sums = [], {summed.source: summed for summed in self.sums.values()}
         for reduction in self.plan.reductions:
             source = self.plan.buffers[reduction.source.buffer]
             for slot in range(max(source.steps, 1)):
-                pairs.append((self.storage.view(source.name, slot), self.storage.view(reduction.target, slot)))
+                pairs.append((self.storage.view(source.name, slot), self.storage.view(reduction.target, slot), sums.get(source.name)))
                 done[reduction.target, slot] = None
-        pairs += [(self._share(name), self.storage.view(name, 0)) for name in self.storage.shares]
-        programs, args = self.site.arrays([[pointer(x), pointer(y), y.numel, x.task] for x, y in pairs], [blocks(y.numel, 128) for _, y in pairs])
+        pairs += [(self._share(name), self.storage.view(name, 0), None) for name in self.storage.shares]
+        rows = [triton_sums.row(x, y, summed) for x, y, summed in pairs]
+        programs, args = self.site.arrays(rows, [blocks(y.numel, 128) for _, y, _ in pairs])
         args |= dict(weights=self.storage.task_weights, finite=self.storage.finite, tasks=self.bucket.tasks, BLOCK=128)
         if pairs:
             self.site.launch(tasks.sum_tasks, (programs,), **args)
@@ -165,6 +168,23 @@ class Lowering:
 
         for launch in launches:
             launch.arguments = {name: placed(value) for name, value in launch.arguments.items()}
+
+
+def _phases(plan: Plan, half: int) -> tuple[list[Phase], list[Phase]]:
+    """Of a half, in order: what comes before the sums over tasks, and what reads them."""
+    phases = [phase for phase in plan.schedule if phase.half == half]
+    first = next((i for i, phase in enumerate(phases) if phase.scope == "task"), len(phases))
+    after = phases[first:] if half == plan.entries - 1 else []
+    before = [*phases[:first], *(p for p in phases[first:] if p.scope == "task"), *(p for p in after if p.scope == "batch")]
+    return before, [p for p in after if p.scope == "meta"]
+
+
+def _uses(plan: Plan) -> Iterator[triton_sums.Use]:
+    """All instructions in order, with their steps."""
+    for half in range(plan.entries):
+        for phase in itertools.chain(*_phases(plan, half)):
+            each = phase.scope == "task" and half == plan.entries - 1
+            yield from ((instr, step, each) for step in phase.steps() for name in phase.segments for instr in plan.segments[name].instructions)
 
 
 def _shares(plan: Plan) -> dict[str, int]:

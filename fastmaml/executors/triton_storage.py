@@ -103,6 +103,15 @@ def _permute(value: Tensor, axes: tuple[int, ...]) -> Tensor:
     return value.permute((*range(lead), *(lead + a for a in axes)))
 
 
+def key_of(plan: Plan, ref: Ref, step: int) -> tuple[str, int]:
+    """(buffer, slot) of a use at a step of the schedule."""
+    buffer = plan.buffers[ref.buffer]
+    if not buffer.steps:
+        return ref.buffer, 0
+    slot = step + ref.shift
+    return (buffer.first, 0) if buffer.first and slot == 0 else (ref.buffer, slot)
+
+
 class Storage:
     """The arrays of a Plan's buffers, and the tables of the rows of the tasks.
 
@@ -139,6 +148,10 @@ class Storage:
         self.bytes[home] = self.bytes.get(home, 0) + numel * dtype.itemsize
         return torch.empty(numel, dtype=dtype, device=self.device)
 
+    def sums(self, numel: int) -> Tensor:
+        """Room for what is summed over tasks before anybody knows which of them are finite."""
+        return self._new("task", numel)
+
     @staticmethod
     def _dtype(buffer: Buffer) -> torch.dtype:
         return torch.float64 if buffer.columns else DTYPES.get(buffer.kind, torch.float32)
@@ -152,12 +165,7 @@ class Storage:
 
     # ------------------------------------------------------------------------------------------------------- operands
     def key(self, ref: Ref, step: int) -> tuple[str, int]:
-        """(buffer, slot) of a use at a step of the schedule."""
-        buffer = self.plan.buffers[ref.buffer]
-        if not buffer.steps:
-            return ref.buffer, 0
-        slot = step + ref.shift
-        return (buffer.first, 0) if buffer.first and slot == 0 else (ref.buffer, slot)
+        return key_of(self.plan, ref, step)
 
     def slot(self, name: str, slot: int) -> Tensor:
         buffer = self.plan.buffers[name]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastmaml.executors.triton_site import CHUNK, Attrs, Site, Views, blocks, data, power, rule, step
+from fastmaml.executors.triton_site import CHUNK, Attrs, Site, Views, blocks, data, power, rule, step, updating
 from fastmaml.executors.triton_storage import View
 from fastmaml.kernels import patch_stats
 
@@ -43,7 +43,8 @@ def patch_stats_fwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> Non
 @rule("patch_stats_bwd", "patch_stats_bwd_jvp")
 def patch_stats_bwd(s: Site, attrs: Attrs, inputs: Views, outputs: Views) -> None:
     moments, w, gamma, rstd, s1, s2, wt, gamma_t, rstd_t, s1t, s2t = (*inputs, *[None] * 5)[:11]
-    (dw,), size, bo = outputs, w.numel // w.shape[0], power(w.shape[0], 1, 16)
+    (dw,), size, bo, (update,) = outputs, w.numel // w.shape[0], power(w.shape[0], 1, 16), attrs.get("updates", (None,))
     args = _weight(moments, w) | dict(gamma=data(gamma), rstd=rstd.data, s1=data(s1), s2=data(s2), wt=data(wt), gamma_t=data(gamma_t), rstd_t=data(rstd_t))
     args |= dict(s1t=data(s1t), s2t=data(s2t), dw=dw.data, gamma_task=step(gamma), wt_task=step(wt), dw_task=dw.task, TANGENT=len(inputs) > 6)
+    args |= dict(plus=data(update and update.plus), plus_task=step(update and update.plus), **updating("", update))
     s.launch(patch_stats.patch_stats_weight, (blocks(size, 8), blocks(w.shape[0], bo), s.tasks), **args, BI=8, BO=bo)

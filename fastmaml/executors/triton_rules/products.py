@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastmaml.executors.triton_fused import Sums
+from torch import Tensor
+
+from fastmaml.executors.triton_fused import Sums, Update
 from fastmaml.executors.triton_site import (
     CHUNK,
     Attrs,
@@ -17,6 +19,7 @@ from fastmaml.executors.triton_site import (
     data,
     delivered,
     plain,
+    pointer,
     power,
     rule,
     step,
@@ -106,25 +109,45 @@ def product(s: Site, g: Geometry, pairs: Sequence[tuple[View | None, View | None
     s.launch(conv2d.conv2d_rows, grid, _warps(s.precision, m, n), **args)
 
 
+def weight_tile(depth: int, outputs: int) -> tuple[int, int]:
+    """Of a weight gradient, by program."""
+    return power(depth, 32, 64), power(outputs, 16, 64)
+
+
 def weight_product(s: Site, g: Geometry, extent: str, pairs: Sequence[tuple[View | None, View | None]], out: Views, attrs: Attrs) -> None:
     """Of out = (dw, db), dw = the sum of x^T dy over the pairs, db = the row sum of the first dy; then their updates, if attrs have some."""
-    (dw, db), updates = out, attrs.get("updates", (None, None))
+    (dw, db), updates, summed = out, attrs.get("updates", (None, None)), attrs.get("summed")
     (x, dy), (x2, dy2) = (*pairs, (None, None))[:2]
     if x2 is None or dy2 is None:
         x2 = dy2 = None
     table, most, tasks = s.own(extent)
     pixels, numel = g.OH * g.OW, g.depth * g.CO
     chunks = blocks(most * pixels, CHUNK)
-    k, n, m = power(g.depth, 32, 64), power(g.CO, 16, 64), 32
+    (k, n), m = weight_tile(g.depth, g.CO), 32
+    tiles = blocks(g.depth if dw else 1, k) * blocks(g.CO, n)
     parts = [None if v is None else v if chunks == 1 else replace(v, data=s.temp(tasks * chunks * v.numel), task=v.numel) for v in (dw, db)]
-    grid = (blocks(g.depth if dw else 1, k) * blocks(g.CO, n), chunks, tasks)
-    args = dict(offsets=table, x=data(x), dy=data(dy), x2=data(x2), dy2=data(dy2), dw=data(parts[0]), db=data(parts[1]), chunk=CHUNK, chunks=chunks)
+    args = dict(offsets=table, x=data(x), dy=data(dy), x2=data(x2), dy2=data(dy2), db=data(parts[1]), finite=s.storage.finite if summed else None)
     args |= {k: v for name, update in zip(("w_", "b_"), updates, strict=True) for k, v in updating(name, update if chunks == 1 else None).items()}
-    args |= dict(dw_task=numel, db_task=g.CO, **vars(g), TILES_N=blocks(g.CO, n), BM=m, BN=n, BK=k, PRECISION=s.precision)
-    s.launch(conv2d.conv2d_weight, grid, _warps(s.precision, k, n), **args)
+    args |= dict(db_task=g.CO, **vars(g), TILES_N=blocks(g.CO, n), BM=m, BN=n, BK=k, PRECISION=s.precision)
+    if summed and summed.group > 1:
+        grid = tiles, blocks(tasks, summed.group)
+        summed.partial = replace(dw, data=s.storage.sums(grid[1] * numel))
+        summed.again = _again(table, (x, dy, x2, dy2), updates[0], g)
+        args |= dict(sums=summed.partial.data, weights=s.storage.task_weights, tasks=tasks, group=summed.group)
+        options = {"num_warps": 8, "num_stages": 2 if s.precision.endswith("x3") else 3}  # two tiles in registers: of a task, and of the sum
+        return s.launch(conv2d.conv2d_weight_tasks, grid, options, **args)
+    args |= dict(dw=data(parts[0]), chunk=CHUNK, chunks=chunks, dw_task=numel)
+    s.launch(conv2d.conv2d_weight, (tiles, chunks, tasks), _warps(s.precision, k, n), **args)
     for part, whole, update in zip(parts, (dw, db), updates, strict=True):
         if whole is not None and chunks > 1:
             s.sum_chunks(table, part.data, whole, CHUNK, pixels, chunks, whole.numel, update)
+    return None
+
+
+def _again(table: Tensor, operands: Views, update: Update | None, g: Geometry) -> list[int]:
+    """A product as conv2d.weight_numbers reads it."""
+    base, scale, sign = (None, None, 1) if update is None else (update.base, update.scale, int(update.sign))
+    return [table.data_ptr(), *map(pointer, (*operands, base, scale)), step(base), step(scale), sign, *vars(g).values()]
 
 
 @rule("linear_fwd", "linear_jvp")
