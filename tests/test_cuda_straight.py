@@ -147,9 +147,9 @@ def test_the_bits_of_the_walk_through_maml(name: str, compiler: Callable, monkey
 
 
 # --------------------------------------------------------------------------------------------------------------- source
-def source_of(case: Case, shared_limit: int = 166912, half: int = 0, threads: int = 0) -> str:
+def source_of(case: Case, shared_limit: int = 166912, half: int = 0, threads: int = 0, ranks: int = 1) -> str:
     """For the shared memory of sm_80, and as many threads as the Plan asks for."""
-    prepared = CudaExecutor(case.plan(), host, threads=threads, shared_limit=shared_limit).prepared(case.batch)
+    prepared = CudaExecutor(case.plan(), host, threads=threads, ranks=ranks, shared_limit=shared_limit).prepared(case.batch)
     (support,), (query,) = ({*sizes} if len({*sizes}) == 1 else {-1} for sizes in (case.batch.support_sizes, case.batch.query_sizes))
     return prepared.native.source(half, support, query, case.batch.ways is not None)
 

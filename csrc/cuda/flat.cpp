@@ -85,7 +85,7 @@ void refuse(bool refused, const std::string& why) {
 
 }  // namespace
 
-std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_limit, int threads) {
+std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_limit, int threads, int ranks) {
     FlatPlan head = {};
     const int32_t buffers = static_cast<int32_t>(plan.task_buffers.size());
     const size_t pointers = plan.task_buffers.size() + plan.inputs.size() + plan.outputs.size();
@@ -97,9 +97,14 @@ std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_l
     head.threads = threads ? threads : choose_threads(plan);
     refuse(head.threads % 32 || head.threads > 512,
            std::to_string(head.threads) + " threads: must be a multiple of 32, at most 512");
-    const Split split = choose(plan, scratch_at, shared_limit - fixed_shared_bytes(head.threads));
+    refuse(ranks != 1 && ranks != 2 && ranks != 4 && ranks != 8,
+           "clusters of " + std::to_string(ranks) + " blocks: must be of 1, 2, 4 or 8");
+    head.ranks = ranks;
+    const Split split = ranks == 1 ? choose(plan, scratch_at, shared_limit - fixed_bytes(head.threads))
+                                   : Split{false, false, scratch_at};
     head.shared_arena_bytes = (split.state ? scratch_at : 0) + (split.scratch ? plan.run_bytes - scratch_at : 0);
     head.arena_bytes = plan.run_bytes - head.shared_arena_bytes;
+    if (ranks > 1) head.arena_bytes = (head.arena_bytes + 63) / 64 * 64 + fixed_bytes(ranks * head.threads);
     head.meta_bytes = plan.meta_bytes;
     head.halves = plan.halves;
     head.n_task_buffers = buffers;

@@ -87,6 +87,13 @@ struct Interval {  // a group that is being run
 //   phases(part)                             runs them: open, call and close their groups
 //   input, output, reduction(chunk, f)       f(number, entry) of the one to which a chunk belongs
 //   each_reduction(f), each_checked(f)       f(entry) of all
+//
+// A block here may be a cluster: what stands beside the arena in shared memory, and the arena, then lie in global memory.
+FM_DEVICE char* memory_of(const FlatPlan& p, const Launch& l, int block, char* shared) {
+    return p.ranks == 1 ? shared_memory(shared)
+                        : in_global(l.arenas) + (block + 1) * p.arena_bytes - fixed_bytes(p.ranks * p.threads);
+}
+
 template <class P>
 struct Walk {
     Block b;
@@ -100,8 +107,17 @@ struct Walk {
           l(l),
           block(block),
           s(reinterpret_cast<Fixed*>(memory)),
-          shared(memory + fixed_shared_bytes(b.threads)) {}
+          shared(memory + fixed_bytes(b.threads)) {}
     FM_DEVICE P& plan() { return static_cast<P&>(*this); }
+    FM_DEVICE bool any(bool v) {  // of all threads, which meet here
+        if (b.thread == 0) s->vote = 0;
+        b.sync();
+        if (v) s->vote = 1;
+        b.sync();
+        const bool found = s->vote != 0;
+        b.sync();
+        return found;
+    }
 
     // ------------------------------------------------------------------------------------------------ addresses
     FM_DEVICE char* address(const Operand& o, int64_t step) {
@@ -227,7 +243,7 @@ struct Walk {
                     if (r.copied) to[k] = v;
                 }
             });
-        bad = b.any(bad);
+        bad = any(bad);
         if (b.thread == 0) l.finite[t] = !bad;
     }
 
@@ -252,7 +268,7 @@ struct Walk {
     FM_DEVICE bool all_finite() {
         bool bad = false;
         for (int64_t t = b.thread; t < l.tasks; t += b.threads) bad = bad || !l.finite[t];
-        return !b.any(bad);
+        return !any(bad);
     }
 
     FM_DEVICE void run() {
