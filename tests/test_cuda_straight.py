@@ -165,6 +165,17 @@ def test_a_source_calls_what_the_walk_calls() -> None:
     assert "kSupport = -1, kQuery = -1" in source_of(ragged_case())
 
 
+def test_pieces_are_small_while_there_are_few_and_a_task_asks_for_its_first_weights() -> None:
+    def head(text: str) -> dict[str, int]:
+        return {name: int(value) for name, value in re.findall(r"p\.(\w+) = (\d+);", text)}
+
+    small, large = head(source_of(net_case("sinusoid", tasks=2))), head(source_of(net_case("omniglot-fc", tasks=1, steps=1, rows=(2, 2))))
+    assert small["chunk"] == small["threads"] == 256 and small["sum_chunks"] >= 9  # 2080 floats
+    assert large["chunk"] == 3 * 512 and large["threads"] == 512  # of 247,648: 162 pieces
+    assert 4 * 1761 < small["warm_bytes"] < large["warm_bytes"] == 24576
+    assert head(source_of(net_case("sinusoid", tasks=2), ranks=2))["warm_bytes"] == 0  # its barriers empty L1
+
+
 def test_all_that_a_source_includes_is_in_the_extension() -> None:
     known = {*host.headers(), *nvrtc.SHIMS, "host/fibers.h"}  # the last is the host's alone
     for name, text in host.headers().items():

@@ -4,9 +4,9 @@
 // forward, reversed or shuffled. So ordinary CUDA code is tested as it is, and a barrier that is missing, or that not
 // all threads reach, shows.
 //
-// A cluster (sm_90) is one Block too, of all the threads of its blocks, whose barrier is the cluster's; it has no memory
-// but the global one. So no device function knows of clusters, and as no bit depends on the number of threads, none
-// depends on them.
+// A cluster (sm_90) is one Block too, of all the threads of its blocks, whose barrier is the cluster's; it has no
+// memory but the global one. So no device function knows of clusters, and as no bit depends on the number of threads,
+// none depends on them.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -80,6 +80,10 @@ FM_DEVICE char* in_global(void* p) {  // loads and stores then need not ask what
     __builtin_assume(__isGlobal(p));
     return static_cast<char*>(p);
 }
+FM_DEVICE void touch(const char* p) {  // asks for the 32 bytes at p, and does not wait: L1 will have them
+    [[maybe_unused]] float unused;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(unused) : "l"(__cvta_generic_to_global(p)));
+}
 FM_DEVICE char* shared_memory(char*) {  // by its name: the compiler then knows what kind of memory it is
     extern __shared__ __align__(64) char memory[];
     return memory;
@@ -92,7 +96,7 @@ FM_DEVICE char* shared_memory(char*) {  // by its name: the compiler then knows 
         using namespace fastmaml::cuda;                                                                                \
         const int rank = static_cast<int>(blockIdx.x) % Half::kRanks;                                                  \
         const int block = static_cast<int>(blockIdx.x) / Half::kRanks;                                                 \
-        const Block b = {rank * Half::kThreads + static_cast<int>(threadIdx.x), Half::kRanks* Half::kThreads,          \
+        const Block b = {rank * Half::kThreads + static_cast<int>(threadIdx.x), Half::kRanks * Half::kThreads,         \
                          Half::kRanks};                                                                                \
         Half(b, l, block, nullptr).run();                                                                              \
     }
@@ -122,6 +126,7 @@ inline void add(int* counter, int n) { *counter += n; }
 inline int read(const int* counter) { return *counter; }
 inline void assume(bool) {}
 inline char* in_global(void* p) { return static_cast<char*>(p); }
+inline void touch(const char*) {}
 inline char* shared_memory(char* memory) { return memory; }
 
 #define FM_ENTRY(Half)                                                                              \

@@ -9,7 +9,9 @@ namespace cuda {
 constexpr int kMaxTaskBuffers = 120;
 constexpr int kPartials = 256;     // of a sum over a whole array
 constexpr int kMaxPointers = 480;  // of a launch, all in its parameters: 4 KB
-constexpr int kChunk = 2048;       // floats that a block packs, sums or delivers at once
+constexpr int kPieces = 128;  // of what is packed, summed or delivered: about as many as a GPU has multiprocessors,
+constexpr int kMostFloats = 2048;      // of at most so many floats: a piece costs two round trips to the counters
+constexpr int64_t kWarmBytes = 24576;  // of L1: what shared memory always leaves
 
 struct Range {  // of entries of the next table
     int32_t begin, end;
@@ -45,7 +47,9 @@ struct FlatPlan {  // the head; tables lie behind it, at these bytes
     int32_t inputs, n_inputs, input_chunks, outputs, n_outputs, output_chunks;
     int32_t reductions, n_reductions, sum_chunks, checked, n_checked;
     int32_t halves, prologue, epilogue;  // whether there are phases outside the tasks: bit h for half h
-    int32_t threads, ranks;        // of a block; blocks of a cluster, which then runs a task as one block does, or 1
+    int32_t threads, ranks;  // of a block; blocks of a cluster, which then runs a task as one block does, or 1
+    int32_t chunk;           // floats that a block packs, sums or delivers at once
+    int32_t warm_bytes;      // of the inputs in meta: asked for when a task begins
     int64_t meta_bytes, sums_floats;
     int64_t arena_bytes, shared_arena_bytes;  // of a task in flight: in global, in shared memory
 };
@@ -85,8 +89,8 @@ struct Place {  // of an operand
     int64_t row_stride;  // bytes
 };
 
-// The part of shared memory that every block has, in front of its warps' Places and of the arena. A cluster has it, with
-// the Places, behind its arena in global memory.
+// The part of shared memory that every block has, in front of its warps' Places and of the arena. A cluster has it,
+// with the Places, behind its arena in global memory.
 struct Fixed {
     double partials[kPartials];
     Task task;

@@ -113,6 +113,8 @@ private:
         FASTMAML_FIELD(epilogue)
         FASTMAML_FIELD(threads)
         FASTMAML_FIELD(ranks)
+        FASTMAML_FIELD(chunk)
+        FASTMAML_FIELD(warm_bytes)
         FASTMAML_FIELD(sums_floats)
         FASTMAML_FIELD(arena_bytes)
 #undef FASTMAML_FIELD

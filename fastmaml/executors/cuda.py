@@ -2,10 +2,10 @@
 of a meta-iteration.
 
 The Plan is lowered as for the ``cpu`` executor (the same numbers, with device functions of the same names behind them) and flattened into one piece of
-device memory per capacity (the largest task). A thread block runs a task, or on sm_90 a cluster of blocks where that pays (``CudaPrepared.ranks_for``): by a kernel of the Plan's own, straight-line source that NVRTC compiles at the
-first call (nvrtc.py), or, where that cannot be, by the one that walks any Plan (``how`` says which, and why). All other memory comes from torch's allocator at each call
-and goes back behind it, so that streams, threads and captured graphs need no care; a launch waits for nothing, and nothing is read back but the tasks'
-finite flags, when somebody asks for them.
+device memory per capacity (the largest task). A thread block runs a task, on sm_90 a cluster of blocks where that pays (``CudaPrepared.ranks_for``): by a
+kernel of the Plan's own, straight-line source that NVRTC compiles at the first call (nvrtc.py), or, where that cannot be, by the one that walks any Plan
+(``how`` says which, and why). All other memory comes from torch's allocator at each call and goes back behind it, so that streams, threads and captured
+graphs need no care; a launch waits for nothing, and nothing is read back but the tasks' finite flags, when somebody asks for them.
 
 ``CudaExecutor(plan, native=fastmaml._cuda_host)`` runs the same device functions as host code on CPU tensors: that is how they are tested.
 """
@@ -101,8 +101,8 @@ class CudaPrepared(Prepared):
 
 class CudaExecutor:
     """Runs ``plan`` on the GPU where the call's tensors are, on torch's current stream. For tests: ``native`` the module of device functions,
-    ``threads`` of a block, ``ranks`` blocks of a cluster (0: chosen), ``shared_limit`` bytes of its shared memory, ``order`` of the host's threads ("forward", "reversed", "shuffled7"), ``compiler``
-    that makes a kernel of (source, native, device), None to walk the Plan."""
+    ``threads`` of a block, ``ranks`` blocks of a cluster (0: chosen), ``shared_limit`` bytes of a block's shared memory, ``order`` of the host's threads
+    ("forward", "reversed", "shuffled7"), ``compiler`` that makes a kernel of (source, native, device), None to walk the Plan."""
 
     name = "cuda"
 

@@ -109,19 +109,16 @@ void Grid::advance_warp(int block, int warp) {
 // look at what another block has done.
 bool Grid::advance_block(int block) {
     bool ready = false;
-    int first = 0;  // where blocks of a cluster run apart: of the first of them that is not done
-    while (first + meeting_ < threads_ && at(block, first).state == kDone) first += meeting_;
-    for (int t = first; t < first + meeting_; ++t) {
+    for (int t = 0; t < meeting_; ++t) {
         Fiber& fiber = at(block, t);
         ready |= fiber.state == kRunning;
         if (fiber.state == kOthers) fiber.state = kRunning;
     }
-    for (int warp : ordered(meeting_ / kWarp)) advance_warp(block, first / kWarp + warp);
+    for (int warp : ordered(meeting_ / kWarp)) advance_warp(block, warp);
     int waiting = 0, done = 0;
-    for (int t = first; t < first + meeting_; ++t)
-        waiting += at(block, t).state == kBlock, done += at(block, t).state == kDone;
+    for (int t = 0; t < meeting_; ++t) waiting += at(block, t).state == kBlock, done += at(block, t).state == kDone;
     if (waiting == meeting_)
-        for (int t = first; t < first + meeting_; ++t) at(block, t).state = kRunning;
+        for (int t = 0; t < meeting_; ++t) at(block, t).state = kRunning;
     else if (done && waiting)
         throw std::runtime_error("block " + std::to_string(block) + ": " + std::to_string(done) +
                                  " threads ended while " + std::to_string(waiting) + " wait for all");
@@ -133,7 +130,8 @@ void Grid::run(std::function<void(int, const Block&)> body) {
     for (int b = 0; b < blocks_; ++b)
         for (int t = 0; t < threads_; ++t) {
             Fiber& fiber = at(b, t);
-            fiber.grid = this, fiber.block = b, fiber.thread = t, fiber.started = false, fiber.state = kRunning;
+            fiber.grid = this, fiber.block = b, fiber.thread = t, fiber.started = false;
+            fiber.state = t < meeting_ ? kRunning : kDone;
         }
     for (int idle = 0, done = 0; done < blocks_ * threads_;) {
         bool ready = false;

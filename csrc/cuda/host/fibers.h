@@ -20,7 +20,7 @@ struct Schedule {
     Order order = Order::kForward;
     uint64_t seed = 0;
     bool deaf = false;   // pass the block's barriers by: to show that one that is missing shows
-    bool apart = false;  // let the blocks of a cluster run one after another, each meeting by itself: the same of theirs
+    bool apart = false;  // let a cluster's first block meet by itself and not wait for the others: to show that too
 };
 
 class Grid;
@@ -39,8 +39,8 @@ private:
     jmp_buf here;
 };
 
-// Runs body(block number, Block) as so many blocks of so many threads, or clusters of `ranks` such blocks, each of which
-// is one Block; throws std::runtime_error where some threads wait at a barrier for others that never come.
+// Runs body(block number, Block) as so many blocks of so many threads, or clusters of `ranks` such blocks, each of
+// which is one Block; throws std::runtime_error where some threads wait at a barrier for others that never come.
 class Grid {
 public:
     Grid(int blocks, int threads, int ranks, Schedule schedule);
