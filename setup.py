@@ -88,7 +88,7 @@ def cuda_flags():
     plain = sorted((arch for arch in archs if arch.isdigit()), key=int)
     codes += [f"arch=compute_{arch},code=compute_{arch}" for arch in plain[-1:]]
     host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
-    return f"-std=c++17 -O3 {host} -Icsrc/include " + " ".join(f"-gencode={code}" for code in codes)
+    return f"-std=c++17 -O3 --fmad=false {host} -Icsrc/include " + " ".join(f"-gencode={code}" for code in codes)
 
 
 def openmp_flag():

@@ -16,7 +16,7 @@ import torch
 
 import fastmaml
 from fastmaml import cli, machine
-from fastmaml.executors import BACKENDS, nvrtc, triton_executor
+from fastmaml.executors import BACKENDS, cubins, nvrtc, triton_executor
 from fastmaml.executors import cpu as cpu_executor
 from fastmaml.executors import cuda as cuda_executor
 
@@ -64,6 +64,8 @@ def report() -> list[tuple[str, str]]:
     lines.append(("active", f"{_tier()}, {_threads()}"))
     lines.append(("backends", "auto takes the first of these that can run the model, or for its inner loop alone that one and another around it"))
     lines += [(f"  {name}", _backend(name)) for name in BACKENDS if name != "auto"]
+    if cuda_executor._cuda is not None:
+        lines.append(("cubins", _cubins()))
     set_here = [f"{name}={value}" for name, value in sorted(os.environ.items()) if _ours(name)]
     lines.append(("variables", ", ".join(set_here) or "none is set (FASTMAML_ISA, OMP_NUM_THREADS, ...)"))
     return [*lines, ("peak", _peak())]
@@ -107,6 +109,17 @@ def _nvrtc() -> str:
         return f"compiled for each Plan by NVRTC {nvrtc.find().version}"
     except nvrtc.Absent as error:
         return f"Plans are walked at run time: {error}"
+
+
+def _cubins() -> str:
+    at = cubins.folder()
+    try:
+        if not cubins.limit() or at is None:
+            return "not kept: " + ("FASTMAML_CUBIN_BYTES=0" if at else "there is no home folder")
+        count, size = cubins.usage(at) if at.exists() else (0, 0)
+        return f"{at}: {count} compiled kernels, {size / 2**20:.1f} MB of at most {cubins.limit() / 2**20:.1f} MB (FASTMAML_CUBIN_BYTES)"
+    except (OSError, RuntimeError) as error:  # it cannot be read; or the variable says no number
+        return f"not kept: {error}"
 
 
 def _devices() -> str:

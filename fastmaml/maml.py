@@ -202,9 +202,9 @@ class MAML(Trained):
         batch = self._batch(tasks)
         executor = self._executor(batch, inner_steps, batchnorm, entry)
         in_flight = torch.get_num_threads() if executor.name == "cpu" else len(batch)
+        laid_out = None if executor.name in ("torch", "autograd") else executor.memory(batch)  # before it says how it runs: this decides it
         like = self._engine.view().like
         head = f"parameterisation {self.parameterisation.signature}: {self._describe()}\n{explained(executor, self.backend, like.dtype, like.device)}\n"
-        laid_out = None if executor.name in ("torch", "autograd") else executor.memory(batch)
         return head + explain(executor.plan, batch, **machine.peaks(), in_flight=in_flight, laid_out=laid_out)
 
     def _describe(self) -> str:

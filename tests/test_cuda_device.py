@@ -95,7 +95,8 @@ def test_bits_do_not_depend_on_threads_blocks_places_or_runs(option: str, path: 
     case = ragged_case(option)
     plan, call = case.plan(), case.call(torch.float32)
     first = OnDevice(plan).forward(call)
-    for options in ({}, {"threads": 64}, {"blocks": 1}, {"blocks": 5}, {"shared_limit": 1}, {"shared_limit": 100_000}):
+    clusters = [{"ranks": n} for n in (2, 4, 8) if torch.cuda.get_device_capability() >= (9, 0)]
+    for options in ({}, {"threads": 64}, {"blocks": 1}, {"blocks": 5}, {"ranks": 1, "shared_limit": 1}, {"shared_limit": 100_000}, *clusters):
         executor = OnDevice(plan, **options)
         for _ in range(20):
             same(first, executor.forward(call))

@@ -272,6 +272,11 @@ def test_images_are_refused_by_name() -> None:
     assert re.search("conv2d.* has no device function.*vectors, not of images", CudaExecutor.why_not(conv_plan(), host))
 
 
+def test_images_that_are_flattened_first_are_vectors() -> None:
+    x, y = torch.randn(2, 5, 1, 28, 28), torch.arange(5).expand(2, -1)
+    assert CudaExecutor.why_not(fastmaml.MAML(nets.OmniglotFC(), backend="torch").plan((x, y, x, y)), host) is None
+
+
 def test_a_plan_of_too_many_arrays_names_the_limit() -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(130)))
     x, y = torch.randn(1, 2, 2), torch.arange(2).expand(1, -1)

@@ -1,5 +1,5 @@
-"""The source of a Plan's own kernel: as host code the same bits as the walk, by nvcc and NVRTC machine code within the limits of a table, on disk whole or
-made anew; and what runs where it cannot be compiled. On a device: test_cuda_device.py."""
+"""The source of a Plan's own kernel: as host code the same bits as the walk, by nvcc and NVRTC machine code within the limits of a table; and what
+runs where it cannot be compiled. On disk: test_cuda_cubins.py. On a device: test_cuda_device.py."""
 
 from __future__ import annotations
 
@@ -147,9 +147,9 @@ def test_the_bits_of_the_walk_through_maml(name: str, compiler: Callable, monkey
 
 
 # --------------------------------------------------------------------------------------------------------------- source
-def source_of(case: Case, shared_limit: int = 166912, half: int = 0, threads: int = 0) -> str:
+def source_of(case: Case, shared_limit: int = 166912, half: int = 0, threads: int = 0, ranks: int = 1) -> str:
     """For the shared memory of sm_80, and as many threads as the Plan asks for."""
-    prepared = CudaExecutor(case.plan(), host, threads=threads, shared_limit=shared_limit).prepared(case.batch)
+    prepared = CudaExecutor(case.plan(), host, threads=threads, ranks=ranks, shared_limit=shared_limit).prepared(case.batch)
     (support,), (query,) = ({*sizes} if len({*sizes}) == 1 else {-1} for sizes in (case.batch.support_sizes, case.batch.query_sizes))
     return prepared.native.source(half, support, query, case.batch.ways is not None)
 
@@ -163,6 +163,17 @@ def test_a_source_calls_what_the_walk_calls() -> None:
     assert len(called) >= 20 and set(called) <= set(host.kernels()) and called.count("mse_bwd") == sum(k == "mse_bwd" for k in listed)
     assert "phase<&Half::phase0, 0, 3, 1>()" in text and "kSupport = 10, kQuery = 15" in text
     assert "kSupport = -1, kQuery = -1" in source_of(ragged_case())
+
+
+def test_pieces_are_small_while_there_are_few_and_a_task_asks_for_its_first_weights() -> None:
+    def head(text: str) -> dict[str, int]:
+        return {name: int(value) for name, value in re.findall(r"p\.(\w+) = (\d+);", text)}
+
+    small, large = head(source_of(net_case("sinusoid", tasks=2))), head(source_of(net_case("omniglot-fc", tasks=1, steps=1, rows=(2, 2))))
+    assert small["chunk"] == small["threads"] == 256 and small["sum_chunks"] >= 9  # 2080 floats
+    assert large["chunk"] == 3 * 512 and large["threads"] == 512  # of 247,648: 162 pieces
+    assert 4 * 1761 < small["warm_bytes"] < large["warm_bytes"] == 24576
+    assert head(source_of(net_case("sinusoid", tasks=2), ranks=2))["warm_bytes"] == 0  # its barriers empty L1
 
 
 def test_all_that_a_source_includes_is_in_the_extension() -> None:
@@ -225,59 +236,6 @@ def test_the_extension_has_the_same_sources_and_says_what_it_cannot_load() -> No
     assert other.source(0, 10, 15, False) == native.native.source(0, 10, 15, False)
     with pytest.raises(RuntimeError, match="fastmaml._cuda: "):
         cuda._cuda.load(b"no cubin", 0)
-
-
-# ------------------------------------------------------------------------------------------------------------- the disk
-@pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A compiler that counts."""
-    fake = SimpleNamespace(version="13.0", made=0)
-
-    def compile(source: str, headers: dict, arch: str) -> bytes:
-        fake.made += 1
-        return f"{arch} {source}\n{len(headers)}".encode() * 100
-
-    fake.compile = compile
-    monkeypatch.setattr(nvrtc, "find", lambda: fake)
-    return fake
-
-
-def test_a_cubin_is_made_once_for_all_that_it_is_made_of(counting: SimpleNamespace, tmp_path: Path) -> None:
-    first = nvrtc.cubin("a", {"h": "1"}, "sm_90", tmp_path)
-    assert nvrtc.cubin("a", {"h": "1"}, "sm_90", tmp_path) == first and counting.made == 1
-    for others in (("b", {"h": "1"}, "sm_90"), ("a", {"h": "2"}, "sm_90"), ("a", {"h": "1"}, "sm_80")):
-        nvrtc.cubin(*others, tmp_path)
-    counting.version = "13.1"
-    nvrtc.cubin("a", {"h": "1"}, "sm_90", tmp_path)
-    assert counting.made == 5 and len(list((tmp_path / "cubins").iterdir())) == 5
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"0", lambda b: b[:200] + b"?" + b[201:], lambda b: b"", lambda b: b"x" * 99])
-def test_a_damaged_cubin_is_made_anew(damage: Callable[[bytes], bytes], counting: SimpleNamespace, tmp_path: Path) -> None:
-    first = nvrtc.cubin("a", {}, "sm_90", tmp_path)
-    (path,) = (tmp_path / "cubins").iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
-    with pytest.warns(UserWarning, match=f"the cache {path} is damaged"):
-        assert nvrtc.cubin("a", {}, "sm_90", tmp_path) == first
-    assert counting.made == 2 and path.read_bytes() == whole
-
-
-def test_a_folder_that_cannot_be_written_costs_no_more(counting: SimpleNamespace, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert nvrtc.cubin("a", {}, "sm_90", tmp_path / "file") == nvrtc.cubin("a", {}, "sm_90", tmp_path / "file") and counting.made == 2
-
-
-def test_a_source_is_compiled_for_its_device_and_loaded_once(counting: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    loaded = []
-    module = SimpleNamespace(can_load=True, headers=dict, device=lambda index: {"capability": (9, index)}, load=lambda *a: loaded.append(a) or 7 + a[1])
-    for index in (0, 1, 0):
-        assert nvrtc.kernel("a source", module, torch.device("cuda", index)) == 7 + index
-    assert [(image[:5], index) for image, index in loaded] == [(b"sm_90", 0), (b"sm_91", 1)] and counting.made == 2
-    module.can_load = False
-    with pytest.raises(nvrtc.Absent, match="built by an nvcc before 12.8"):
-        nvrtc.kernel("a source", module, torch.device("cuda", 0))
 
 
 # --------------------------------------------------------------------------------------------- where nothing is compiled

@@ -31,7 +31,7 @@ struct Flat {
     const cuda::FlatPlan& head() const { return *reinterpret_cast<const cuda::FlatPlan*>(bytes.data()); }
 };
 
-Flat read_flat(const std::vector<int64_t>& words, int64_t scratch_at, int64_t shared_limit, int threads) {
+Flat read_flat(const std::vector<int64_t>& words, int64_t scratch_at, int64_t shared_limit, int threads, int ranks) {
     const Plan plan = read_plan(words);
     const std::vector<int> known = cuda::supported_kernels();
     for (const Phase& phase : plan.phases)
@@ -40,7 +40,7 @@ Flat read_flat(const std::vector<int64_t>& words, int64_t scratch_at, int64_t sh
                 if (std::find(known.begin(), known.end(), in.kernel) == known.end() || in.pixels != 1)
                     throw std::runtime_error(std::string("fastmaml._cuda: no device function for ") +
                                              cuda::kernel_name(in.kernel) + (in.pixels != 1 ? " of images" : ""));
-    return {cuda::flatten(plan, scratch_at, shared_limit, threads)};
+    return {cuda::flatten(plan, scratch_at, shared_limit, threads, ranks)};
 }
 
 // One half for all tasks, put on the stream. compiled: a kernel made of its source, or 0 for the walk.
@@ -91,7 +91,7 @@ PYBIND11_MODULE(FASTMAML_MODULE, m) {
     m.doc() = "fastmaml's CUDA device functions and the kernel that walks a Plan over them.";
     py::class_<Flat>(m, "Plan")
         .def(py::init(&read_flat), py::arg("words"), py::arg("scratch_at"), py::arg("shared_limit"),
-             py::arg("threads") = 0)
+             py::arg("threads") = 0, py::arg("ranks") = 1)
         .def(
             "source",
             [](const Flat& p, int half, int64_t support, int64_t query, bool ways) {
@@ -100,6 +100,7 @@ PYBIND11_MODULE(FASTMAML_MODULE, m) {
             "Of one half, for tasks of so many rows (-1: they differ), whose batch gives `ways` or does not.")
         .def_property_readonly("bytes", [](const Flat& p) { return py::bytes(p.bytes.data(), p.bytes.size()); })
         .def_property_readonly("threads", [](const Flat& p) { return p.head().threads; })
+        .def_property_readonly("ranks", [](const Flat& p) { return p.head().ranks; })
         .def_property_readonly("meta_bytes", [](const Flat& p) { return p.head().meta_bytes; })
         .def_property_readonly("arena_bytes", [](const Flat& p) { return p.head().arena_bytes; })
         .def_property_readonly("shared_arena_bytes", [](const Flat& p) { return p.head().shared_arena_bytes; })
@@ -122,7 +123,14 @@ PYBIND11_MODULE(FASTMAML_MODULE, m) {
         },
         "A compiled source, for execute(): it stays loaded.");
     m.def("call_kernel", &call_kernel);
-    m.def("resident_blocks", [](const Flat& p, int device) { return cuda::resident_blocks(p.bytes, device); });
+    m.def(
+        "resident_blocks",
+        [](const Flat& p, int device, int ranks) {
+            cuda::FlatPlan head = p.head();
+            head.ranks = ranks;
+            return cuda::resident_blocks(head, device);
+        },
+        "How many blocks of the Plan run at once, or clusters of so many of them.");
     m.def("devices", [] {
         std::string why;
         const int count = cuda::device_count(why);

@@ -3,6 +3,10 @@
 // there every thread is a fiber (host/fibers.h) that runs until it meets a barrier, the threads one after another
 // forward, reversed or shuffled. So ordinary CUDA code is tested as it is, and a barrier that is missing, or that not
 // all threads reach, shows.
+//
+// A cluster (sm_90) is one Block too, of all the threads of its blocks, whose barrier is the cluster's; it has no
+// memory but the global one. So no device function knows of clusters, and as no bit depends on the number of threads,
+// none depends on them.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -34,17 +38,28 @@ constexpr int kWarp = 32;
 
 #ifdef __CUDACC__
 
-struct Block {
-    int thread, threads;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+FM_DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+#endif
 
-    FM_DEVICE void sync() const { __syncthreads(); }
+struct Block {
+    int thread, threads, ranks;  // ranks: blocks of the cluster, or 1
+
+    FM_DEVICE void sync() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        if (ranks > 1)  // what its threads have written before, in any memory, is seen behind it
+            return cluster_barrier();
+#endif
+        __syncthreads();
+    }
     FM_DEVICE void warp_sync() const { __syncwarp(); }
     template <class T>
     FM_DEVICE T warp_sum(T v) const {  // the same bits in every lane
         for (int mask = kWarp / 2; mask > 0; mask /= 2) v += __shfl_xor_sync(0xffffffffu, v, mask);
         return v;
     }
-    FM_DEVICE bool any(bool v) const { return __syncthreads_or(v); }
     FM_DEVICE void pause() const { __nanosleep(20); }
 };
 
@@ -65,6 +80,10 @@ FM_DEVICE char* in_global(void* p) {  // loads and stores then need not ask what
     __builtin_assume(__isGlobal(p));
     return static_cast<char*>(p);
 }
+FM_DEVICE void touch(const char* p) {  // asks for the 32 bytes at p, and does not wait: L1 will have them
+    [[maybe_unused]] float unused;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(unused) : "l"(__cvta_generic_to_global(p)));
+}
 FM_DEVICE char* shared_memory(char*) {  // by its name: the compiler then knows what kind of memory it is
     extern __shared__ __align__(64) char memory[];
     return memory;
@@ -75,14 +94,17 @@ FM_DEVICE char* shared_memory(char*) {  // by its name: the compiler then knows 
     extern "C" __global__ void __launch_bounds__(fastmaml::cuda::Half::kThreads, 512 / fastmaml::cuda::Half::kThreads) \
         fastmaml_half(const __grid_constant__ fastmaml::cuda::Launch l) {                                              \
         using namespace fastmaml::cuda;                                                                                \
-        const Block b = {static_cast<int>(threadIdx.x), Half::kThreads};                                               \
-        Half(b, l, static_cast<int>(blockIdx.x), shared_memory(nullptr)).run();                                        \
+        const int rank = static_cast<int>(blockIdx.x) % Half::kRanks;                                                  \
+        const int block = static_cast<int>(blockIdx.x) / Half::kRanks;                                                 \
+        const Block b = {rank * Half::kThreads + static_cast<int>(threadIdx.x), Half::kRanks * Half::kThreads,         \
+                         Half::kRanks};                                                                                \
+        Half(b, l, block, nullptr).run();                                                                              \
     }
 
 #else
 
 struct Block {
-    int thread, threads;
+    int thread, threads, ranks;
     host::Fiber* fiber;
 
     void sync() const { fiber->wait(host::kBlock); }
@@ -96,7 +118,6 @@ struct Block {
                 if (!(lane & mask)) all[lane] = all[lane | mask] = all[lane] + all[lane | mask];
         return all[0];
     }
-    bool any(bool v) const { return fiber->any(v); }
     void pause() const { fiber->wait(host::kOthers); }
 };
 
@@ -105,6 +126,7 @@ inline void add(int* counter, int n) { *counter += n; }
 inline int read(const int* counter) { return *counter; }
 inline void assume(bool) {}
 inline char* in_global(void* p) { return static_cast<char*>(p); }
+inline void touch(const char*) {}
 inline char* shared_memory(char* memory) { return memory; }
 
 #define FM_ENTRY(Half)                                                                              \

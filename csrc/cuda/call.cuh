@@ -1,7 +1,7 @@
 // One call of a device function: the kernels of csrc/include/fastmaml/kernels.h, with the same operands, sizes and
 // formulas, by the threads of a block.
 //
-// A row kernel works row by row. Where there are at least as many rows as warps, each warp takes rows of its own, the
+// A row kernel works row by row. Where there are rows enough (prepare, walk.cuh), each warp takes rows of its own, the
 // same ones in every call of a group, so that between two row kernels there is no barrier but the warp's ("by warp");
 // else all threads share all rows. Any other kernel stands between two barriers of the block. How many threads there
 // are changes no bit: an element is made by one thread, or by the lanes of a warp, in an order that its sizes give.

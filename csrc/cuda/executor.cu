@@ -14,8 +14,9 @@ namespace fastmaml {
 namespace cuda {
 
 __global__ void __launch_bounds__(512) run_plan(const __grid_constant__ Launch l) {
-    const Block b = {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
-    Tables(b, l, static_cast<int>(blockIdx.x), shared_memory(nullptr)).run();
+    const int ranks = reinterpret_cast<const FlatPlan*>(l.plan)->ranks, threads = static_cast<int>(blockDim.x);
+    const int rank = static_cast<int>(blockIdx.x) % ranks, block = static_cast<int>(blockIdx.x) / ranks;
+    Tables({rank * threads + static_cast<int>(threadIdx.x), ranks * threads, ranks}, l, block, nullptr).run();
 }
 
 static void check(cudaError_t error, const char* what) {
@@ -59,9 +60,20 @@ struct OnDevice {  // the caller's current device comes back
 
 static const FlatPlan& head(const std::vector<char>& plan) { return *reinterpret_cast<const FlatPlan*>(plan.data()); }
 
-static int shared_bytes(const FlatPlan& p) {
-    return static_cast<int>(fixed_shared_bytes(p.threads) + p.shared_arena_bytes);
-}
+struct Config {  // of a launch on the current device
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute cluster = {};
+    Config(const FlatPlan& p, int blocks, void* stream) {
+        config.gridDim = dim3(blocks * p.ranks);
+        config.blockDim = dim3(p.threads);
+        config.stream = static_cast<cudaStream_t>(stream);
+        config.dynamicSmemBytes = p.ranks == 1 ? fixed_bytes(p.threads) + p.shared_arena_bytes : 0;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = p.ranks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+        config.attrs = &cluster;
+        config.numAttrs = p.ranks > 1;
+    }
+};
 
 // Shared memory beyond 48 KB is asked for: the kernel may then use all that a block can have of the current device.
 static void allow_shared(const void* kernel, int index) {
@@ -96,11 +108,16 @@ const void* load(const std::string& cubin, int index) {
 #endif
 }
 
-int resident_blocks(const std::vector<char>& plan, int index) {
+int resident_blocks(const FlatPlan& p, int index) {
     const OnDevice on(index);
     int blocks = 0;
-    const FlatPlan& p = head(plan);
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, walk(index), p.threads, shared_bytes(p)), "occupancy");
+    const Config c(p, 1, nullptr);
+    if (p.ranks > 1) {
+        check(cudaOccupancyMaxActiveClusters(&blocks, walk(index), &c.config), "occupancy");
+        return std::max(1, blocks);
+    }
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, walk(index), p.threads, c.config.dynamicSmemBytes),
+          "occupancy");
     return std::max(1, blocks * attribute(cudaDevAttrMultiProcessorCount, index));
 }
 
@@ -109,9 +126,8 @@ void launch(const std::vector<char>& plan, const Launch& l, const void* compiled
     const OnDevice on(index);
     const FlatPlan& p = head(plan);
     void* arguments[] = {const_cast<Launch*>(&l)};
-    check(cudaLaunchKernel(compiled ? compiled : walk(index), l.blocks, p.threads, arguments, shared_bytes(p),
-                           static_cast<cudaStream_t>(stream)),
-          "launch");
+    const Config c(p, l.blocks, stream);
+    check(cudaLaunchKernelExC(&c.config, compiled ? compiled : walk(index), arguments), "launch");
 }
 
 void call_kernel(const Instruction&, const std::vector<Place>&, const Task&, int, int, const std::string&) {

@@ -16,8 +16,8 @@ struct Device {
 int device_count(std::string& why_none);
 Device device(int index);
 
-// How many blocks run at once.
-int resident_blocks(const std::vector<char>& plan, int device);
+// How many blocks, or clusters, run at once.
+int resident_blocks(const FlatPlan& plan, int device);
 
 // A kernel that was compiled from half_source: as `compiled` below, for as long as the process lives. All throw
 // std::runtime_error with what CUDA says.

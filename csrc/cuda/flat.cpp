@@ -18,17 +18,25 @@ int32_t append(std::vector<char>& to, const std::vector<T>& table) {
     return static_cast<int32_t>(at);
 }
 
-int32_t chunks(int64_t floats) { return static_cast<int32_t>((floats + kChunk - 1) / kChunk); }
+int32_t chunks(int64_t floats, int32_t chunk) { return static_cast<int32_t>((floats + chunk - 1) / chunk); }
 
-std::vector<FlatPort> flat_ports(const std::vector<Port>& ports, bool stored, int32_t& count) {
+int64_t stored_floats(const Port& p) {
+    return p.layout == Layout::kPacked ? packed_floats(p.cols, p.rows) : pad_lane(p.rows * p.cols);
+}
+
+// A piece for every block, as long as each thread has a float of it.
+int32_t choose_chunk(const std::vector<Port>& ports, int32_t threads) {
+    int64_t floats = 0;
+    for (const Port& p : ports) floats += p.steps * stored_floats(p);
+    const int64_t share = std::min<int64_t>(kMostFloats, floats / kPieces);
+    return static_cast<int32_t>(std::max<int64_t>(1, share / threads) * threads);
+}
+
+std::vector<FlatPort> flat_ports(const std::vector<Port>& ports, bool stored, int32_t chunk, int32_t& count) {
     std::vector<FlatPort> out;
     count = 0;
     for (const Port& p : ports) {
-        const int64_t plain = p.rows * p.cols;
-        const int64_t floats = !stored                       ? plain
-                               : p.layout == Layout::kPacked ? packed_floats(p.cols, p.rows)
-                                                             : pad_lane(plain);
-        out.push_back({p, count, chunks(floats)});
+        out.push_back({p, count, chunks(stored ? stored_floats(p) : p.rows * p.cols, chunk)});
         count += static_cast<int32_t>(p.steps) * out.back().chunks_of_slot;
     }
     return out;
@@ -85,7 +93,7 @@ void refuse(bool refused, const std::string& why) {
 
 }  // namespace
 
-std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_limit, int threads) {
+std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_limit, int threads, int ranks) {
     FlatPlan head = {};
     const int32_t buffers = static_cast<int32_t>(plan.task_buffers.size());
     const size_t pointers = plan.task_buffers.size() + plan.inputs.size() + plan.outputs.size();
@@ -97,9 +105,14 @@ std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_l
     head.threads = threads ? threads : choose_threads(plan);
     refuse(head.threads % 32 || head.threads > 512,
            std::to_string(head.threads) + " threads: must be a multiple of 32, at most 512");
-    const Split split = choose(plan, scratch_at, shared_limit - fixed_shared_bytes(head.threads));
+    refuse(ranks != 1 && ranks != 2 && ranks != 4 && ranks != 8,
+           "clusters of " + std::to_string(ranks) + " blocks: must be of 1, 2, 4 or 8");
+    head.ranks = ranks;
+    const Split split = ranks == 1 ? choose(plan, scratch_at, shared_limit - fixed_bytes(head.threads))
+                                   : Split{false, false, scratch_at};
     head.shared_arena_bytes = (split.state ? scratch_at : 0) + (split.scratch ? plan.run_bytes - scratch_at : 0);
     head.arena_bytes = plan.run_bytes - head.shared_arena_bytes;
+    if (ranks > 1) head.arena_bytes = (head.arena_bytes + 63) / 64 * 64 + fixed_bytes(ranks * head.threads);
     head.meta_bytes = plan.meta_bytes;
     head.halves = plan.halves;
     head.n_task_buffers = buffers;
@@ -137,13 +150,18 @@ std::vector<char> flatten(const Plan& plan, int64_t scratch_at, int64_t shared_l
                           after && phase.scope != Scope::kTask,
                           {first, static_cast<int32_t>(groups.size())}});
     }
-    for (FlatReduction& r : reductions) r.first_chunk = head.sum_chunks, head.sum_chunks += chunks(r.count);
+    head.chunk = choose_chunk(plan.inputs, head.ranks * head.threads);
+    for (FlatReduction& r : reductions) r.first_chunk = head.sum_chunks, head.sum_chunks += chunks(r.count, head.chunk);
+    for (const Port& p : plan.inputs) {
+        const int64_t end = p.offset + (p.steps - 1) * p.step_stride + 4 * stored_floats(p);
+        if (ranks == 1) head.warm_bytes = std::max(head.warm_bytes, static_cast<int32_t>(std::min(end, kWarmBytes)));
+    }
 
     std::vector<char> out(sizeof head);
     std::vector<Scalars> checked = plan.checked;
     for (Scalars& s : checked) split.move(s.at, shared_base(buffers));
-    const auto inputs = flat_ports(plan.inputs, true, head.input_chunks),
-               outputs = flat_ports(plan.outputs, false, head.output_chunks);
+    const auto inputs = flat_ports(plan.inputs, true, head.chunk, head.input_chunks),
+               outputs = flat_ports(plan.outputs, false, head.chunk, head.output_chunks);
     head.phases = append(out, phases), head.n_phases = static_cast<int32_t>(phases.size());
     head.groups = append(out, groups);
     head.instructions = append(out, instructions);

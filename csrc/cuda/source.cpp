@@ -75,7 +75,7 @@ public:
         line("struct Half : Straight<Half> {");
         line("    static constexpr int64_t kSupport = " + text(support) + ", kQuery = " + text(query) + ";");
         line("    static constexpr bool kWays = " + text(ways) + ";");
-        line("    static constexpr int kThreads = " + text(p_.threads) + ";");
+        line("    static constexpr int kThreads = " + text(p_.threads) + ", kRanks = " + text(p_.ranks) + ";");
         line("    using Straight::Straight;");
         write_head();
         write_task_buffers();
@@ -111,6 +111,10 @@ private:
         FASTMAML_FIELD(halves)
         FASTMAML_FIELD(prologue)
         FASTMAML_FIELD(epilogue)
+        FASTMAML_FIELD(threads)
+        FASTMAML_FIELD(ranks)
+        FASTMAML_FIELD(chunk)
+        FASTMAML_FIELD(warm_bytes)
         FASTMAML_FIELD(sums_floats)
         FASTMAML_FIELD(arena_bytes)
 #undef FASTMAML_FIELD

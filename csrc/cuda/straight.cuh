@@ -16,7 +16,8 @@ struct Straight : Walk<P> {
     Task here = {0, 0, 0, 0};
     int64_t support_row = 0, query_row = 0;
 
-    FM_DEVICE Straight(const Block& b, const Launch& l, int block, char* memory) : Walk<P>(b, l, block, memory) {}
+    FM_DEVICE Straight(const Block& b, const Launch& l, int block, char* memory)
+        : Walk<P>(b, l, block, memory_of(P::head(), l, block, memory)) {}
     FM_DEVICE const Task& task() const { return here; }
 
     FM_DEVICE void begin(int64_t t) {
@@ -47,8 +48,9 @@ struct Straight : Walk<P> {
     // one that has a single step, the step is a constant too.
     template <void (P::*F)(int), int kStart, int kStop, int kStride>
     FM_NOINLINE static void apart(Block b, const Launch& l, int block, char* memory, int64_t t, int step) {
-        b.threads = P::kThreads;
-        P w(b, l, block, shared_memory(memory));
+        b.threads = P::kRanks * P::kThreads;
+        b.ranks = P::kRanks;
+        P w(b, l, block, memory);
         w.begin(t);
         (w.*F)(kStart + kStride == kStop ? kStart : step);
     }

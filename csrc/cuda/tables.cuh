@@ -28,9 +28,10 @@ struct Tables : Walk<Tables> {
     Place* places;  // of this thread's warp
 
     FM_DEVICE Tables(const Block& b, const Launch& l, int block, char* memory)
-        : Walk(b, l, block, memory),
+        : Walk(b, l, block, memory_of(*reinterpret_cast<const FlatPlan*>(l.plan), l, block, memory)),
           p(*reinterpret_cast<const FlatPlan*>(l.plan)),
-          places(reinterpret_cast<Place*>(memory + sizeof(Fixed)) + b.thread / kWarp * kMaxOperands) {}
+          places(reinterpret_cast<Place*>(reinterpret_cast<char*>(s) + sizeof(Fixed)) +
+                 b.thread / kWarp * kMaxOperands) {}
 
     template <class T>
     FM_DEVICE const T* table(int32_t at) const {

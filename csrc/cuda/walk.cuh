@@ -56,11 +56,14 @@ FM_DEVICE bool is_row_kernel(int kernel) {
     }
 }
 
+// By warp where every warp has a tile of rows: with fewer a product reads its weight once for each row, which costs
+// more than the barriers that are saved (docs/cuda.md); but not more than those of a cluster.
 FM_DEVICE Call prepare(const Block& b, const Instruction* in, const Place* places, const Task* task, double* partials,
                        int n) {
     const int warps = b.threads / kWarp, warp = b.thread / kWarp;
     const int begin = n * warp / warps, end = n * (warp + 1) / warps;
-    const bool by_warp = is_row_kernel(in->kernel) && n >= warps;
+    const int least = b.ranks > 1 ? warps : kTile * warps;
+    const bool by_warp = is_row_kernel(in->kernel) && n >= least;
     return {b,
             in,
             places,
@@ -81,6 +84,12 @@ struct Interval {  // a group that is being run
     bool met;      // whether all threads have met behind its last instruction
 };
 
+// Where Fixed and what lies behind it begin. A block here may be a cluster, which has them in global memory.
+FM_DEVICE char* memory_of(const FlatPlan& p, const Launch& l, int block, char* shared) {
+    return p.ranks == 1 ? shared_memory(shared)
+                        : in_global(l.arenas) + (block + 1) * p.arena_bytes - fixed_bytes(p.ranks * p.threads);
+}
+
 // P has, for the half that runs:
 //   head(), half()                           the Plan's numbers, the half
 //   begin(t), task(), base(i)                task t, or what is outside of the tasks (-1); bases of operands in it
@@ -96,12 +105,17 @@ struct Walk {
     char* shared;  // the arena in shared memory
 
     FM_DEVICE Walk(const Block& b, const Launch& l, int block, char* memory)
-        : b(b),
-          l(l),
-          block(block),
-          s(reinterpret_cast<Fixed*>(memory)),
-          shared(memory + fixed_shared_bytes(b.threads)) {}
+        : b(b), l(l), block(block), s(reinterpret_cast<Fixed*>(memory)), shared(memory + fixed_bytes(b.threads)) {}
     FM_DEVICE P& plan() { return static_cast<P&>(*this); }
+    FM_DEVICE bool any(bool v) {  // of all threads, which meet here
+        if (b.thread == 0) s->vote = 0;
+        b.sync();
+        if (v) s->vote = 1;
+        b.sync();
+        const bool found = s->vote != 0;
+        b.sync();
+        return found;
+    }
 
     // ------------------------------------------------------------------------------------------------ addresses
     FM_DEVICE char* address(const Operand& o, int64_t step) {
@@ -170,7 +184,23 @@ struct Walk {
         const int slot = (chunk - port.first_chunk) / port.chunks_of_slot,
                   part = (chunk - port.first_chunk) % port.chunks_of_slot;
         return {reinterpret_cast<float*>(l.meta + port.port.offset + slot * port.port.step_stride),
-                slot * port.port.rows * port.port.cols, part * kChunk};
+                slot * port.port.rows * port.port.cols, part * plan().head().chunk};
+    }
+
+    // store(k, load(k)) for begin <= k < end, N loads together: an answer of L2 takes 250 cycles
+    template <int N, class Load, class Store>
+    FM_DEVICE void stream(int begin, int end, Load load, Store store) {
+        FM_LOOP
+        for (int k = begin + b.thread; k < end; k += N * b.threads) {
+            float v[N];
+            for (int i = 0; i < N; ++i) v[i] = k + i * b.threads < end ? load(k + i * b.threads) : 0.f;
+            for (int i = 0; i < N; ++i)
+                if (k + i * b.threads < end) store(k + i * b.threads, v[i]);
+        }
+    }
+    FM_DEVICE int stop(int first, int end) {  // of a chunk
+        const int chunk = plan().head().chunk;
+        return end - first < chunk ? end : first + chunk;
     }
 
     FM_DEVICE void pack(int chunk) {
@@ -181,10 +211,11 @@ struct Walk {
                       plain = rows * cols;
             const bool packed = port.port.layout == Layout::kPacked;
             const int floats = packed ? static_cast<int>(packed_floats(cols, rows)) : padded(plain);
-            for (int k = at.first + b.thread; k < floats && k < at.first + kChunk; k += b.threads) {
+            const auto load = [&](int k) {
                 const int source = packed ? plain_index(k, cols, rows) : k < plain ? k : -1;
-                at.packed[k] = source < 0 ? 0.f : from[source];
-            }
+                return source < 0 ? 0.f : from[source];
+            };
+            stream<4>(at.first, stop(at.first, floats), load, [&](int k, float v) { at.packed[k] = v; });
         });
     }
 
@@ -196,10 +227,11 @@ struct Walk {
             if (to == nullptr) return;
             const int rows = static_cast<int>(port.port.rows), cols = static_cast<int>(port.port.cols),
                       plain = rows * cols;
-            for (int k = at.first + b.thread; k < plain && k < at.first + kChunk; k += b.threads) {
+            const auto load = [&](int k) {
                 const float v = at.packed[port.port.layout == Layout::kPacked ? packed_index(k, cols, rows) : k];
-                to[at.skip + k] = l.add_to_outputs ? to[at.skip + k] + v : v;
-            }
+                return l.add_to_outputs ? to[at.skip + k] + v : v;
+            };
+            stream<4>(at.first, stop(at.first, plain), load, [&](int k, float v) { to[at.skip + k] = v; });
         });
     }
 
@@ -213,7 +245,14 @@ struct Walk {
         return finite;
     }
 
+    // The weights of step 0 are those of all tasks, read where they are packed: asked for at once, and not by the first
+    // product, which waits for a few at a time. Not for a cluster, whose barriers empty L1.
+    FM_DEVICE void warm() {
+        for (int at = 32 * b.thread; at < plan().head().warm_bytes; at += 32 * b.threads) touch(l.meta + at);
+    }
+
     FM_DEVICE void run_task(int t) {
+        warm();
         plan().begin(t);
         plan().phases(kOfTask);
         bool bad = b.thread == 0 && !losses_finite(t);
@@ -221,28 +260,34 @@ struct Walk {
             plan().each_reduction([&](const FlatReduction& r) {
                 const float* from = reinterpret_cast<const float*>(address(r.source, 0));
                 float* to = l.sums + t * plan().head().sums_floats + r.offset;
-                for (int k = b.thread; k < r.count; k += b.threads) {
-                    const float v = from[k];
-                    bad = bad || !isfinite(v);
-                    if (r.copied) to[k] = v;
-                }
+                stream<8>(
+                    0, r.count, [&](int k) { return from[k]; },
+                    [&](int k, float v) {
+                        bad = bad || !isfinite(v);
+                        if (r.copied) to[k] = v;
+                    });
             });
-        bad = b.any(bad);
+        bad = any(bad);
         if (b.thread == 0) l.finite[t] = !bad;
+    }
+
+    FM_DEVICE float share(int64_t t, int64_t k) {  // of a task in a sum
+        const double weight = l.task_weights ? l.task_weights[t] : l.uniform_weight;
+        const float v = l.sums[t * plan().head().sums_floats + k];
+        return l.finite[t] ? static_cast<float>(weight) * v : 0.f;
     }
 
     // Elements of the sum over the finite tasks, in batch order, of weight * source
     FM_DEVICE void sum(int chunk) {
         plan().reduction(chunk, [&](int, const FlatReduction& r) {
             float* target = reinterpret_cast<float*>(l.meta + r.target);
-            const int first = (chunk - r.first_chunk) * kChunk;
-            for (int k = first + b.thread; k < r.count && k < first + kChunk; k += b.threads) {
+            const int first = (chunk - r.first_chunk) * plan().head().chunk;
+            for (int k = first + b.thread; k < stop(first, r.count); k += b.threads) {
                 double total = 0;
-                FM_UNROLL
-                for (int64_t t = 0; t < l.tasks; ++t) {
-                    const double weight = l.task_weights ? l.task_weights[t] : l.uniform_weight;
-                    const float v = l.sums[t * plan().head().sums_floats + r.offset + k];
-                    total += l.finite[t] ? static_cast<float>(weight) * v : 0.f;
+                for (int64_t t0 = 0; t0 < l.tasks; t0 += 8) {
+                    float v[8];  // loaded together, added in order
+                    for (int i = 0; i < 8; ++i) v[i] = t0 + i < l.tasks ? share(t0 + i, r.offset + k) : 0.f;
+                    for (int i = 0; i < 8; ++i) total += v[i];
                 }
                 target[k] = static_cast<float>(total);
             }
@@ -252,7 +297,7 @@ struct Walk {
     FM_DEVICE bool all_finite() {
         bool bad = false;
         for (int64_t t = b.thread; t < l.tasks; t += b.threads) bad = bad || !l.finite[t];
-        return !b.any(bad);
+        return !any(bad);
     }
 
     FM_DEVICE void run() {

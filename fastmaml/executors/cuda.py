@@ -2,10 +2,10 @@
 of a meta-iteration.
 
 The Plan is lowered as for the ``cpu`` executor (the same numbers, with device functions of the same names behind them) and flattened into one piece of
-device memory per capacity (the largest task). A thread block runs a task: by a kernel of the Plan's own, straight-line source that NVRTC compiles at the
-first call (nvrtc.py), or, where that cannot be, by the one that walks any Plan (``how`` says which, and why). All other memory comes from torch's allocator at each call
-and goes back behind it, so that streams, threads and captured graphs need no care; a launch waits for nothing, and nothing is read back but the tasks'
-finite flags, when somebody asks for them.
+device memory per capacity (the largest task). A thread block runs a task, on sm_90 a cluster of blocks where that pays (``CudaPrepared.ranks_for``): by a
+kernel of the Plan's own, straight-line source that NVRTC compiles at the first call (nvrtc.py), or, where that cannot be, by the one that walks any Plan
+(``how`` says which, and why). All other memory comes from torch's allocator at each call and goes back behind it, so that streams, threads and captured
+graphs need no care; a launch waits for nothing, and nothing is read back but the tasks' finite flags, when somebody asks for them.
 
 ``CudaExecutor(plan, native=fastmaml._cuda_host)`` runs the same device functions as host code on CPU tensors: that is how they are tested.
 """
@@ -40,6 +40,7 @@ except ImportError as error:  # kept, and shown when the executor is asked for
 
 WHOLE = 1 << 30  # rows of a block: all of them, nothing is gained by fewer
 KERNELS = 8  # compiled for one Plan: halves, and sizes of tasks
+CLUSTERS = (2, 4, 8)  # blocks of one: what every GPU that has clusters can run
 UPLOADS = 64  # small arrays kept on each device: offsets, ways, task weights
 _REAL = torch.float32
 
@@ -62,11 +63,14 @@ class CudaPrepared(Prepared):
 
     turn = False  # its kernels read a weight by columns where it lies
 
-    def __init__(self, plan: Plan, support: int, query: int, executor: CudaExecutor, device: torch.device) -> None:
+    def __init__(self, plan: Plan, support: int, query: int, executor: CudaExecutor, device: torch.device, ranks: int) -> None:
         self.module, self.device = executor.native, device
-        self.shared_limit, self.threads = executor.shared_limit, executor.threads
+        self.shared_limit, self.threads, self.ranks = executor.shared_limit, executor.threads, ranks
         super().__init__(plan, support, query, WHOLE)
-        self.resident = self.module.resident_blocks(self.native, device.index or 0)
+        index = device.index or 0
+        self.resident = self.module.resident_blocks(self.native, index, ranks)
+        spread = ranks == 1 and not self.native.shared_arena_bytes and self.module.device(index)["capability"] >= (9, 0)
+        self.clusters = {n: self.module.resident_blocks(self.native, index, n) for n in CLUSTERS if spread}  # how many run at once
         self.kernels: dict[tuple, int] = {}  # compiled, by half, rows of a task (-1: tasks differ), whether ways are given; 0: the walk
         self.on_device = torch.frombuffer(bytearray(self.native.bytes), dtype=torch.uint8).to(device)
 
@@ -75,10 +79,16 @@ class CudaPrepared(Prepared):
 
     def build(self) -> Any:
         limit = self.shared_limit or self.module.device(self.device.index or 0)["shared_bytes"]
-        return self.module.Plan(self.lowering.words, self.lowering.scratch_at, limit, self.threads)
+        return self.module.Plan(self.lowering.words, self.lowering.scratch_at, limit, self.threads, self.ranks)
 
     def blocks(self, tasks: int) -> int:
+        """Or clusters."""
         return min(tasks, self.resident)
+
+    def ranks_for(self, tasks: int) -> int:
+        """Blocks of the cluster that runs a task, 1: a block does. What a cluster works on lies in L2: it is for tasks of which nothing fits into the shared
+        memory of a block, and so few of them that all have one at once."""
+        return max((n for n, at_once in self.clusters.items() if tasks <= at_once), default=1)
 
     def layout(self, batch: TaskBatch) -> dict[str, int]:
         """Bytes by purpose, in the order in which they lie."""
@@ -91,8 +101,8 @@ class CudaPrepared(Prepared):
 
 class CudaExecutor:
     """Runs ``plan`` on the GPU where the call's tensors are, on torch's current stream. For tests: ``native`` the module of device functions,
-    ``threads`` of a block, ``shared_limit`` bytes of its shared memory, ``order`` of the host's threads ("forward", "reversed", "shuffled7"), ``compiler``
-    that makes a kernel of (source, native, device), None to walk the Plan."""
+    ``threads`` of a block, ``ranks`` blocks of a cluster (0: chosen), ``shared_limit`` bytes of a block's shared memory, ``order`` of the host's threads
+    ("forward", "reversed", "shuffled7"), ``compiler`` that makes a kernel of (source, native, device), None to walk the Plan."""
 
     name = "cuda"
 
@@ -101,6 +111,7 @@ class CudaExecutor:
         plan: Plan,
         native: ModuleType | None = None,
         threads: int = 0,
+        ranks: int = 0,
         shared_limit: int = 0,
         order: str = "forward",
         blocks: int = 0,
@@ -109,7 +120,7 @@ class CudaExecutor:
         self.native = native or _cuda
         if self.native is None:
             raise RuntimeError(IMPORT_ERROR)
-        self.plan, self.threads, self.shared_limit, self.order, self.most_blocks = plan, threads, shared_limit, order, blocks
+        self.plan, self.threads, self.ranks, self.shared_limit, self.order, self.most_blocks = plan, threads, ranks, shared_limit, order, blocks
         self._compiler = None if native is not None and compiler is nvrtc.kernel else compiler
         self._compiled, self._walks = 0, "no compiler was given"
         self._prepared: dict[tuple, CudaPrepared] = {}
@@ -160,14 +171,19 @@ class CudaExecutor:
         return next((f"{kernel} has no device function" for kernel in lowered if kernel not in known), None)
 
     def prepared(self, batch: TaskBatch) -> CudaPrepared:
+        plain = self._prepare(batch, self.ranks or 1)
+        ranks = self.ranks or plain.ranks_for(len(batch))
+        return plain if ranks == plain.ranks else self._prepare(batch, ranks)
+
+    def _prepare(self, batch: TaskBatch, ranks: int) -> CudaPrepared:
         device = batch.support_x.device
-        key = (max(batch.support_sizes), max(batch.query_sizes), device)
+        key = (max(batch.support_sizes), max(batch.query_sizes), device, ranks)
         found = self._prepared.get(key)
         if found is None:
             self._not_while_capturing(device)
             if len(self._prepared) >= LOWERINGS:
                 self._forget(self._prepared, device)
-            found = self._prepared[key] = CudaPrepared(self.plan, *key[:2], self, device)
+            found = self._prepared[key] = CudaPrepared(self.plan, *key[:2], self, device, ranks)
         return found
 
     def memory(self, batch: TaskBatch) -> dict[str, int]:
@@ -185,11 +201,13 @@ class CudaExecutor:
 
     @property
     def how(self) -> str:
-        """Whether the Plan has kernels of its own, or why it is walked."""
+        """Whether the Plan has kernels of its own, or why it is walked; whether clusters ran tasks."""
+        ranks = sorted({n for *_, n in self._prepared} - {1})
+        clusters = f"; a task on a cluster of {' or '.join(map(str, ranks))} blocks" if ranks else ""
         if self._compiler is None:
-            return f"one kernel that walks any Plan: {self._walks}"
+            return f"one kernel that walks any Plan: {self._walks}{clusters}"
         full = ", other sizes are walked" if self._compiled == KERNELS else ""
-        return f"kernels of this Plan's own, compiled at the first call with tasks of a size: {self._compiled} so far{full}"
+        return f"kernels of this Plan's own, compiled at the first call with tasks of a size: {self._compiled} so far{full}{clusters}"
 
     # ------------------------------------------------------------------------------------------------------- running
     def forward(self, call: Call) -> Results:

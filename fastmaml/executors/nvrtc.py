@@ -1,7 +1,7 @@
 """What makes a kernel of a Plan's own source (csrc/cuda/source.h) for the GPU at hand: NVRTC, looked for when first needed, and cubins kept on disk.
 
-A cubin's file is named by all that it is made of: source, headers, architecture, options and NVRTC's version. It says its own length and hash, and is made
-anew where they do not hold. Whatever fails raises: the cuda executor then walks the Plan, which needs nothing of this.
+A cubin's key is all that it is made of: source, headers, architecture, options and NVRTC's version. Whatever fails raises: the cuda executor then walks the
+Plan, which needs nothing of this.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import importlib.util
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from fastmaml.files import cache_path, whole_file
+from fastmaml.executors import cubins
 
-OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
+OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--fmad=false")  # what is fused is written so: in every kernel the same bits
 LOG = 1000  # characters of what NVRTC says: the first errors
 SHIMS = {  # what the headers include of C and C++: NVRTC has the functions, but no files
     "math.h": "",
@@ -117,25 +116,12 @@ def cubin(source: str, headers: Mapping[str, str], arch: str, cache_dir: str | o
     """Of one source for one architecture, like "sm_90": from the disk, or made and then put there."""
     nvrtc, headers = find(), {**headers, **SHIMS}
     made_of = json.dumps([nvrtc.version, arch, OPTIONS, source, sorted(headers.items())])
-    path = cache_path(f"cubins/{hashlib.sha256(made_of.encode()).hexdigest()}.cubin", cache_dir)
-    if path is not None:
-        with contextlib.suppress(OSError):
-            stored = path.read_bytes()
-            image = stored.partition(b"\n")[2]
-            if stored == _wrapped(image):
-                return image
-            warnings.warn(f"the cache {path} is damaged and is made anew", stacklevel=2)
-    image = nvrtc.compile(source, headers, arch)
-    if path is not None:
-        with contextlib.suppress(OSError):  # no cache, then: the next process makes it again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as file:
-                file.write(_wrapped(image))
+    key = hashlib.sha256(made_of.encode()).hexdigest()
+    image = cubins.load(key, cache_dir)
+    if image is None:
+        image = nvrtc.compile(source, headers, arch)
+        cubins.keep(key, image, cache_dir)
     return image
-
-
-def _wrapped(image: bytes) -> bytes:
-    return f"fastmaml cubin, {len(image)} bytes, sha256 {hashlib.sha256(image).hexdigest()}\n".encode() + image
 
 
 _loaded: dict[tuple[int, str], int] = {}  # for as long as the process lives: a captured graph may hold any of them

@@ -10,13 +10,14 @@ namespace fastmaml {
 namespace cuda {
 namespace {
 
-// "forward", "reversed" or "shuffled", with a seed behind it: "shuffled7"; behind that "-deaf"
+// "forward", "reversed" or "shuffled", with a seed behind it: "shuffled7"; behind that "-deaf" or "-apart"
 host::Schedule schedule_of(const std::string& text) {
     const size_t digits = text.find_first_of("0123456789-");
     const std::string name = text.substr(0, digits);
     host::Schedule out;
     if (digits != std::string::npos && text[digits] != '-') out.seed = std::stoull(text.substr(digits));
     out.deaf = text.find("-deaf") != std::string::npos;
+    out.apart = text.find("-apart") != std::string::npos;
     out.order = name == "reversed"   ? host::Order::kReversed
                 : name == "shuffled" ? host::Order::kShuffled
                                      : host::Order::kForward;
@@ -35,7 +36,7 @@ struct Aligned {  // poisoned: bytes 255, which as floats are NaN
 
 int device_count(std::string&) { return 1; }
 Device device(int) { return {"the host, threads as fibers", 163 * 1024, 3, 0, 0}; }
-int resident_blocks(const std::vector<char>&, int) { return 3; }
+int resident_blocks(const FlatPlan&, int) { return 3; }
 
 bool can_load() { return false; }
 const void* load(const std::string&, int) {
@@ -46,8 +47,8 @@ void launch(const std::vector<char>& plan, const Launch& l, const void* compiled
             const std::string& order) {
     const FlatPlan& p = *reinterpret_cast<const FlatPlan*>(plan.data());
     std::vector<Aligned> shared;
-    for (int i = 0; i < l.blocks; ++i) shared.emplace_back(fixed_shared_bytes(p.threads) + p.shared_arena_bytes);
-    host::Grid grid(l.blocks, p.threads, schedule_of(order));
+    for (int i = 0; i < l.blocks; ++i) shared.emplace_back(fixed_bytes(p.threads) + p.shared_arena_bytes);
+    host::Grid grid(l.blocks, p.threads, p.ranks, schedule_of(order));
     const auto half = reinterpret_cast<void (*)(const Block&, const Launch&, int, char*)>(compiled);
     grid.run([&](int block, const Block& b) {
         half ? half(b, l, block, shared[block].data()) : Tables(b, l, block, shared[block].data()).run();
@@ -57,7 +58,7 @@ void launch(const std::vector<char>& plan, const Launch& l, const void* compiled
 void call_kernel(const Instruction& in, const std::vector<Place>& places, const Task& task, int rows, int threads,
                  const std::string& order) {
     std::vector<double> partials(kPartials, nan(""));
-    host::Grid grid(1, threads, schedule_of(order));
+    host::Grid grid(1, threads, 1, schedule_of(order));
     grid.run([&](int, const Block& b) { dispatch(prepare(b, &in, places.data(), &task, partials.data(), rows)); });
 }
 

@@ -27,15 +27,16 @@ struct Grid::Memory {
     ucontext_t context;
 };
 
-Grid::Grid(int blocks, int threads, Schedule schedule)
+Grid::Grid(int blocks, int threads, int ranks, Schedule schedule)
     : blocks_(blocks),
-      threads_(threads),
+      threads_(threads * ranks),
+      ranks_(ranks),
       order_(schedule.order),
       deaf_(schedule.deaf),
+      meeting_(schedule.apart ? threads : threads_),
       seed_(schedule.seed * 2 + 1),
-      fibers_(blocks * threads),
-      slots_(8 * blocks * threads),
-      votes_(blocks),
+      fibers_(blocks * threads_),
+      slots_(8 * blocks * threads_),
       memory_(new Memory{stacks(fibers_.size()), {}}) {}
 
 Grid::~Grid() = default;
@@ -55,20 +56,9 @@ void Fiber::gather(const void* mine, size_t bytes, void* all) {
     wait(kWarpOnly);
 }
 
-bool Fiber::any(bool v) {
-    int& vote = grid->votes_[block];
-    vote |= v;
-    wait(kBlock);
-    const bool found = vote != 0;
-    wait(kBlock);
-    vote = 0;
-    wait(kBlock);
-    return found;
-}
-
 void Grid::begin() {  // on the fiber's own stack
     Fiber* const fiber = starting;
-    fiber->grid->body_(fiber->block, Block{fiber->thread, fiber->grid->threads_, fiber});
+    fiber->grid->body_(fiber->block, Block{fiber->thread, fiber->grid->threads_, fiber->grid->ranks_, fiber});
     fiber->state = kDone;
     _longjmp(fiber->grid->back_, 1);
 }
@@ -119,16 +109,16 @@ void Grid::advance_warp(int block, int warp) {
 // look at what another block has done.
 bool Grid::advance_block(int block) {
     bool ready = false;
-    for (int t = 0; t < threads_; ++t) {
+    for (int t = 0; t < meeting_; ++t) {
         Fiber& fiber = at(block, t);
         ready |= fiber.state == kRunning;
         if (fiber.state == kOthers) fiber.state = kRunning;
     }
-    for (int warp : ordered(threads_ / kWarp)) advance_warp(block, warp);
+    for (int warp : ordered(meeting_ / kWarp)) advance_warp(block, warp);
     int waiting = 0, done = 0;
-    for (int t = 0; t < threads_; ++t) waiting += at(block, t).state == kBlock, done += at(block, t).state == kDone;
-    if (waiting == threads_)
-        for (int t = 0; t < threads_; ++t) at(block, t).state = kRunning;
+    for (int t = 0; t < meeting_; ++t) waiting += at(block, t).state == kBlock, done += at(block, t).state == kDone;
+    if (waiting == meeting_)
+        for (int t = 0; t < meeting_; ++t) at(block, t).state = kRunning;
     else if (done && waiting)
         throw std::runtime_error("block " + std::to_string(block) + ": " + std::to_string(done) +
                                  " threads ended while " + std::to_string(waiting) + " wait for all");
@@ -140,7 +130,8 @@ void Grid::run(std::function<void(int, const Block&)> body) {
     for (int b = 0; b < blocks_; ++b)
         for (int t = 0; t < threads_; ++t) {
             Fiber& fiber = at(b, t);
-            fiber.grid = this, fiber.block = b, fiber.thread = t, fiber.started = false, fiber.state = kRunning;
+            fiber.grid = this, fiber.block = b, fiber.thread = t, fiber.started = false;
+            fiber.state = t < meeting_ ? kRunning : kDone;
         }
     for (int idle = 0, done = 0; done < blocks_ * threads_;) {
         bool ready = false;

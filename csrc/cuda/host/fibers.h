@@ -19,7 +19,8 @@ enum class Order { kForward, kReversed, kShuffled };
 struct Schedule {
     Order order = Order::kForward;
     uint64_t seed = 0;
-    bool deaf = false;  // pass the block's barriers by: to show that one that is missing shows
+    bool deaf = false;   // pass the block's barriers by: to show that one that is missing shows
+    bool apart = false;  // let a cluster's first block meet by itself and not wait for the others: to show that too
 };
 
 class Grid;
@@ -28,7 +29,6 @@ class Fiber {
 public:
     void wait(Meet what);                                    // at a barrier
     void gather(const void* mine, size_t bytes, void* all);  // what each lane of the warp has
-    bool any(bool v);                                        // a barrier: whether v of any thread of the block
 
 private:
     friend class Grid;
@@ -39,11 +39,11 @@ private:
     jmp_buf here;
 };
 
-// Runs body(block number, Block) as so many blocks of so many threads; throws std::runtime_error where some threads
-// wait at a barrier for others that never come.
+// Runs body(block number, Block) as so many blocks of so many threads, or clusters of `ranks` such blocks, each of
+// which is one Block; throws std::runtime_error where some threads wait at a barrier for others that never come.
 class Grid {
 public:
-    Grid(int blocks, int threads, Schedule schedule);
+    Grid(int blocks, int threads, int ranks, Schedule schedule);
     ~Grid();
     void run(std::function<void(int, const Block&)> body);
 
@@ -52,19 +52,18 @@ private:
     struct Memory;
     static void begin();
     void resume(Fiber& fiber);
-    void shuffle(std::vector<int>& numbers);
     std::vector<int> ordered(int n);
     void advance_warp(int block, int warp);
     bool advance_block(int block);
     Fiber& at(int block, int thread) { return fibers_[block * threads_ + thread]; }
 
-    int blocks_, threads_;
+    int blocks_, threads_, ranks_;  // threads: of all ranks
     Order order_;
     bool deaf_;
+    int meeting_;  // so many threads meet at a barrier
     uint64_t seed_;
     std::vector<Fiber> fibers_;
     std::vector<char> slots_;  // of gather: 8 bytes for each thread
-    std::vector<int> votes_;   // of any: two for each block, in turns
     std::unique_ptr<Memory> memory_;
     std::function<void(int, const Block&)> body_;
     jmp_buf back_;
