@@ -530,6 +530,7 @@ def _child(pipe, executor: CpuExecutor, case: Case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning", "ignore:Exception ignored in.*at_fork")  # of JAX, where tests of the benchmark came before
 def test_a_forked_child_gives_the_same_bits_and_does_not_hang() -> None:
     case = ragged_case()
     executor = CpuExecutor(case.plan(), threads=2)

@@ -4,17 +4,15 @@ the block's shows; when clusters are chosen, and what nvcc makes of them. On a d
 from __future__ import annotations
 
 import functools
-import re
 import statistics
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from random_programs import random_case, randoms
 from test_cpu_executor import left_out_of, masks_equal_error, net_case, ragged_case, same
-from test_cuda_executor import LIMITS, ORDERS, host, on_host, plan_of, small_net, small_tasks
-from test_cuda_straight import COMPILED, CSRC, compiler, needs_compiler, needs_nvcc, source_of  # noqa: F401  (compiler: a fixture)
+from test_cuda_executor import ORDERS, host, on_host, plan_of, small_net, small_tasks
+from test_cuda_straight import COMPILED, compiled_within_limits, compiler, needs_compiler, needs_nvcc, source_of  # noqa: F401  (compiler: a fixture)
 
 import fastmaml
 from fastmaml import engine
@@ -132,14 +130,7 @@ def test_explain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_nvcc
 @pytest.mark.parametrize(("name", "arch"), [("sinusoid", "sm_90"), ("ragged", "sm_90")])
 def test_registers_stack_and_spills(name: str, arch: str, tmp_path: Path) -> None:
-    (tmp_path / "half.cu").write_text(source_of(COMPILED[name](), ranks=4))
-    command = ["nvcc", "-cubin", "--keep", f"-arch={arch}", "-std=c++17", "-Xptxas=-v", f"-I{CSRC}/include", f"-I{CSRC}/cuda", "half.cu", "-o", "half.cubin"]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    most, _, spilled, _ = LIMITS[arch]
-    for frame, stores, loads in re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said.stderr):
-        assert int(frame) == 0 and int(stores) + int(loads) <= spilled, said.stderr
-    assert int(re.search(r"Used (\d+) registers", said.stderr)[1]) <= most, said.stderr
+    compiled_within_limits(source_of(COMPILED[name](), ranks=4), arch, tmp_path, "--keep")
     (made,) = tmp_path.glob("*.ptx")
     ptx = made.read_text()
     assert "barrier.cluster.arrive.release" in ptx and "barrier.cluster.wait.acquire" in ptx
