@@ -62,7 +62,7 @@ def report() -> list[tuple[str, str]]:
     if cuda_executor._cuda is not None:
         lines.append(("", f"fastmaml._cuda; devices: {_devices()}"))
     lines.append(("active", f"{_tier()}, {_threads()}"))
-    lines.append(("backends", "auto takes the first of these that can run the model, or for its inner loop alone that one and another around it"))
+    lines.append(("backends", "auto takes the first of these that can run the model; a frozen body and the head behind it may have one each"))
     lines += [(f"  {name}", _backend(name)) for name in BACKENDS if name != "auto"]
     if cuda_executor._cuda is not None:
         lines.append(("cubins", _cubins()))
