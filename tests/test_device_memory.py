@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_mixed_executor import anil_case, mixed, needs_host
 
-from fastmaml.executors.call import KEEPERS, with_room
+from fastmaml.executors.device import KEEPERS, with_room
 from fastmaml.executors.cuda import CudaExecutor
 
 CPU = torch.device("cpu")

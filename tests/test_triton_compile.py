@@ -30,7 +30,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing
 SPILLS = 0  # bytes of local memory
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
 REGISTERS = {  # by kernel; all others
-    "conv2d_rows": 255,  # of three TF32 products with sums behind them on sm_80; from 129 on a multiprocessor has one block of eight warps in any case
+    "conv2d_rows": 248,
+    "conv2d_rows with sums": 255,  # the largest, on sm_80 in three TF32 products, has eight warps: from 129 on a multiprocessor has one such block in any case
     "conv2d_weight": 248,
     "conv2d_weight_tasks": 248,
     "batchnorm_sums": 128,
@@ -107,7 +108,7 @@ def tile(launch: Any) -> tuple:
 
 
 def check(launch: Any, capability: int) -> None:
-    used, name = triton_aot.compiled(launch, capability), launch.kernel.__name__
+    used, name = triton_aot.compiled(launch, capability), launch.kernel.__name__ + (" with sums" if launch.arguments.get("SUMS") else "")
     assert used["STACK"] <= SPILLS and used["LOCAL"] <= SPILLS, f"{mode(launch)} spills: {used}"
     assert used["shared"] <= SHARED[capability], f"{mode(launch)}: {used}"
     assert used["REG"] <= REGISTERS.get(name, REGISTERS_ELSEWHERE), f"{mode(launch)}: {used}"

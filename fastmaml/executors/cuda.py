@@ -23,11 +23,12 @@ from torch import Tensor
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors import nvrtc
-from fastmaml.executors.call import Call, DeviceResults, Results, capturing, with_room
+from fastmaml.executors.call import Call, Results
 from fastmaml.executors.cpu import LOWERINGS, Prepared
 from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
 from fastmaml.executors.cpu_rules import native as native_call
 from fastmaml.executors.cpu_storage import pad
+from fastmaml.executors.device import DeviceResults, capturing, with_room
 from fastmaml.plan.instructions import Plan, Segment
 
 try:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fastmaml.batch import TaskBatch
-from fastmaml.executors.call import KEEPERS, Call, DeviceResults, Results, capturing, with_room
+from fastmaml.executors.call import Call, Results
+from fastmaml.executors.device import KEEPERS, DeviceResults, capturing, with_room
 from fastmaml.executors.triton_fusion import fuse
 from fastmaml.executors.triton_lowering import Lowering
 from fastmaml.executors.triton_rules import RULES
