@@ -4,7 +4,6 @@ ValueError or TypeError names the argument, what it is and what is expected."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -19,15 +18,6 @@ ACCEPTED = (
     "a TaskBatch, a tuple (support_x, support_y, query_x, query_y) of tensors [tasks, n, ...], a list of such tuples"
     " with one task each, or a dict {'support': (x, y), 'query': (x, y)} ('train' and 'test' are accepted too)"
 )
-
-
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """value as an int >= minimum; otherwise TypeError or ValueError naming the argument. Task sources use it too."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r}: expected an integer")
-    if operator.index(value) < minimum:
-        raise ValueError(f"{name}={value}: expected at least {minimum}")
-    return operator.index(value)
 
 
 def check_part(part: str, x: Tensor, y: Tensor, sizes: tuple[int, ...]) -> None:

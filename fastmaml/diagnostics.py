@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmaml import options
 from fastmaml.batch import TaskBatch
+from fastmaml.counts import check_count
 from fastmaml.executors.opaque import is_opaque
 from fastmaml.plain_loop import PlainLoop
 from fastmaml.rewritten_loop import RewrittenLoop
@@ -109,7 +110,7 @@ def verify(maml: Any, tasks: Any, *, repeats: int = 5) -> Verification:
     Raises NotImplementedError for a mixture of initialisations and for batchnorm="joint", which the plain loop does not know.
     """
     loop = _loop_of(maml)
-    batch, repeats = TaskBatch.of(tasks), options.count("repeats", repeats, 1)
+    batch, repeats = TaskBatch.of(tasks), check_count("repeats", repeats, 1)
     with _undisturbed(maml):
         seeds = options.task_seeds(None, len(batch))
         ours, double = _copy(maml), _copy(maml).double()

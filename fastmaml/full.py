@@ -11,10 +11,11 @@ from torch.func import functional_call
 
 from fastmaml import parameterisation as families
 from fastmaml.batch import TaskBatch
+from fastmaml.counts import check_count
 from fastmaml.maml import MAML
 from fastmaml.nn import StepBatchNorm, per_step_batchnorm, per_step_parameters
 from fastmaml.optimizers import ImplicitGradient
-from fastmaml.options import check_model, count, flag, named, task_seeds
+from fastmaml.options import check_model, flag, named, task_seeds
 
 WITH_STATISTICS = "build it with MAMLPlusPlus(model, per_step_statistics=True), or with fastmaml.nn.per_step_batchnorm(model, steps, statistics=True)"
 
@@ -116,7 +117,7 @@ def MAMLPlusPlus(
     Defaults: the authors' configurations (their rate 0.1 is the one that the code reads). Raises what MAML raises, and ValueError for more inner_steps in a
     call than the rates and norms have.
     """
-    steps = count("inner_steps", inner_steps, 1)
+    steps = check_count("inner_steps", inner_steps, 1)
     if flag("per_step_statistics", per_step_statistics) and not per_step_norms:
         raise ValueError(f"per_step_statistics=True and per_step_norms=False: {WITH_STATISTICS}")
     if flag("per_step_norms", per_step_norms):
@@ -146,13 +147,13 @@ class MAMLPlusPlusSchedule:
     first_order_epochs: int = 0
 
     def __post_init__(self) -> None:
-        self.multi_step_epochs = count("multi_step_epochs", self.multi_step_epochs, 0)
-        self.first_order_epochs = count("first_order_epochs", self.first_order_epochs, 0)
+        self.multi_step_epochs = check_count("multi_step_epochs", self.multi_step_epochs, 0)
+        self.first_order_epochs = check_count("first_order_epochs", self.first_order_epochs, 0)
 
     def step_loss_weights(self, epoch: int) -> list[float] | None:
         """Of the losses after each of the K steps, in ``epoch``; None: the last alone."""
         steps = self.maml.inner_steps
-        if count("epoch", epoch, 0) >= self.multi_step_epochs:
+        if check_count("epoch", epoch, 0) >= self.multi_step_epochs:
             return None
         least, decay = 0.03 / steps, epoch / (steps * self.multi_step_epochs)
         early = max(1 / steps - decay, least)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml.batch import TaskBatch
-from fastmaml.batch_checks import check_count
+from fastmaml.counts import check_count
 from fastmaml.maml import MAML
 from fastmaml.output import MetaOutput
 from fastmaml.parameterisation.latent import Latent, Start

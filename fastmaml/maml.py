@@ -13,6 +13,7 @@ from fastmaml import parameterisation as families
 from fastmaml.adapted import AdaptedModel
 from fastmaml.autograd import MetaLoss, OuterLogits
 from fastmaml.batch import TaskBatch
+from fastmaml.counts import check_count
 from fastmaml.engine import TASK_RATE, Runner, Spec, support_bucket, warn_user, without_autocast
 from fastmaml.executors import BACKENDS, NATIVE, Executor, explained
 from fastmaml.executors.call import Call, Results
@@ -85,7 +86,7 @@ class MAML(Trained):
     ) -> None:
         super().__init__()
         self.model = options.check_model(model)
-        self.inner_steps = options.count("inner_steps", inner_steps, 0)
+        self.inner_steps = check_count("inner_steps", inner_steps, 0)
         self.loss, self.class_weight = options.parse_loss(loss, reduction)
         self.first_order = options.flag("first_order", first_order)
         self.adapt_patterns = adapt = options.named(model, adapt, "adapt")
@@ -231,7 +232,7 @@ class MAML(Trained):
     # ------------------------------------------------------------------------------------------------- running
     def _spec(self, entry: str, inner_steps: Any, batchnorm: Any, batch: TaskBatch | None, record: bool = False) -> tuple[Spec, list[float] | None]:
         """What to build, and the weights of the multi-step loss at theta_0 .. theta_K."""
-        steps = self.inner_steps if inner_steps is None else options.count("inner_steps", inner_steps, 0)
+        steps = self.inner_steps if inner_steps is None else check_count("inner_steps", inner_steps, 0)
         batchnorm = self.batchnorm if batchnorm is None else options.one_of("batchnorm", batchnorm, options.BATCHNORM)
         weights, query_from = None, None
         if self.step_loss_weights is not None and entry in ("train", "evaluate"):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 
+from fastmaml.counts import check_count
+
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
@@ -94,8 +96,7 @@ class ImplicitGradient:
             if wrong or value < 0 or (name == "lam" and value == 0):
                 raise ValueError(f"{name}={value!r}: expected a finite number {least}")
             object.__setattr__(self, name, float(value))
-        if isinstance(self.cg_steps, bool) or not isinstance(self.cg_steps, int) or self.cg_steps < 1:
-            raise ValueError(f"cg_steps={self.cg_steps!r}: expected a whole number of at least 1")
+        check_count("cg_steps", self.cg_steps)
 
 
 DAMPENING = "sgd.dampening"  # of each step: the factor of the new gradient

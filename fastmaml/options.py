@@ -29,12 +29,6 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
     return value
 
 
-def count(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
-    return int(value)
-
-
 def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: expected True or False")

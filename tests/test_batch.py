@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastmaml.batch import TaskBatch
-from fastmaml.batch_checks import check_count
+from fastmaml.counts import check_count
 
 
 def stacked(tasks=3, n_support=5, n_query=7, shape=(2, 4)):
@@ -268,9 +268,9 @@ def test_refused_ways_offsets_sizes_and_indices():
         (lambda: batch.select([True, False, True]), TypeError, "indices are booleans"),
         (lambda: batch.task(3), IndexError, "task 3 of a batch of 3"),
         (lambda: TaskBatch.of(ragged()).stacked(), ValueError, "different sizes and cannot be stacked"),
-        (lambda: check_count("shots", 0), ValueError, "shots=0: expected at least 1"),
-        (lambda: check_count("shots", 1.0), TypeError, "shots=1.0: expected an integer"),
-        (lambda: check_count("shots", True), TypeError, "shots=True: expected an integer"),
+        (lambda: check_count("shots", 0), ValueError, "shots=0: expected a whole number of at least 1"),
+        (lambda: check_count("shots", 1.0), TypeError, "shots=1.0: expected a whole number of at least"),
+        (lambda: check_count("shots", True), TypeError, "shots=True: expected a whole number of at least"),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):

@@ -9,8 +9,8 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
+from executor_cases import ZERO, masks_equal_error
 from random_programs import Case, error, gradients, numbers_for
-from test_cpu_executor import ZERO, masks_equal_error
 from torch import Tensor, nn
 
 import fastmaml.nn as nets

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_host import ORDERS, host, on_host, plan_of, small_net, small_tasks
+from executor_cases import left_out_of, masks_equal_error, net_case, ragged_case, same
 from random_programs import random_case, randoms
-from test_cpu_executor import left_out_of, masks_equal_error, net_case, ragged_case, same
-from test_cuda_executor import ORDERS, host, on_host, plan_of, small_net, small_tasks
 from test_cuda_straight import COMPILED, compiled_within_limits, compiler, needs_compiler, needs_nvcc, source_of  # noqa: F401  (compiler: a fixture)
 
 import fastmaml

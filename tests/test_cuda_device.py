@@ -8,9 +8,9 @@ import dataclasses
 
 import pytest
 import torch
+from cuda_host import small_net, small_tasks, use
+from executor_cases import NETS, ZERO, left_out_of, masks_equal_error, net_case, overflowing, ragged_case, same
 from random_programs import error, random_case, randoms
-from test_cpu_executor import NETS, ZERO, left_out_of, masks_equal_error, net_case, overflowing, ragged_case, same
-from test_cuda_executor import small_net, small_tasks, use
 
 import fastmaml
 from fastmaml.executors import cuda, nvrtc

@@ -17,10 +17,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from cuda_host import LIMITS, ORDERS, host, on_host, small_net, small_tasks
+from executor_cases import net_case, ragged_case, same
+from mixed_cases import anil_case, parts_of
 from random_programs import Case
-from test_cpu_executor import net_case, ragged_case, same
-from test_cuda_executor import LIMITS, ORDERS, host, on_host, small_net, small_tasks
-from test_mixed_executor import anil_case, parts_of
 
 import fastmaml
 from fastmaml import engine

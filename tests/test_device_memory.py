@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_mixed_executor import anil_case, mixed, needs_host
+from mixed_cases import anil_case, mixed, needs_host
 
-from fastmaml.executors.device import KEEPERS, with_room
 from fastmaml.executors.cuda import CudaExecutor
+from fastmaml.executors.device import KEEPERS, with_room
 
 CPU = torch.device("cpu")
 

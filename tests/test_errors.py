@@ -74,9 +74,9 @@ MODEL = {
 }
 OPTIONS = {
     "inner_steps negative": (lambda: build(inner_steps=-1), ValueError, "inner_steps=-1", "at least 0"),
-    "inner_steps float": (lambda: build(inner_steps=1.0), ValueError, "inner_steps=1.0", "whole number"),
-    "inner_steps bool": (lambda: build(inner_steps=True), ValueError, "inner_steps=True"),
-    "inner_steps None": (lambda: build(inner_steps=None), ValueError, "inner_steps=None"),
+    "inner_steps float": (lambda: build(inner_steps=1.0), TypeError, "inner_steps=1.0", "whole number"),
+    "inner_steps bool": (lambda: build(inner_steps=True), TypeError, "inner_steps=True"),
+    "inner_steps None": (lambda: build(inner_steps=None), TypeError, "inner_steps=None"),
     "loss name": (lambda: build(loss="l1"), ValueError, "loss='l1'", "'mse'", "outer_loss="),
     "loss function": (lambda: build(loss=nn.functional.mse_loss), ValueError, "loss=<function", "outer_loss="),
     "loss class": (lambda: build(loss=nn.L1Loss()), ValueError, "loss=L1Loss()", "nn.MSELoss"),
@@ -133,7 +133,7 @@ RATES = {
 }
 CALLS = {
     "inner_steps": (lambda: call(inner_steps=-2), ValueError, "inner_steps=-2", "at least 0"),
-    "inner_steps float": (lambda: build().meta_grad((SX, SY, QX, QY), inner_steps=2.5), ValueError, "inner_steps=2.5", "whole number"),
+    "inner_steps float": (lambda: build().meta_grad((SX, SY, QX, QY), inner_steps=2.5), TypeError, "inner_steps=2.5", "whole number"),
     "batchnorm": (lambda: call(batchnorm="eval"), ValueError, "batchnorm='eval'", "'running'"),
     "step weights of other steps": (lambda: call(options={"step_loss_weights": [1.0]}, inner_steps=3), ValueError, "step_loss_weights has 1 entries, inner_steps is 3"),
     "task_weights length": (lambda: call(task_weights=[1, 1]), ValueError, "task_weights has shape [2]", "[3]"),
@@ -183,7 +183,7 @@ ADAPT = {
     "batch and labels": (lambda: adapt(ragged(), SY), TypeError, "a TaskBatch and support_y"),
     "lists": (lambda: adapt([SX[0]], [SY[0], SY[1]]), ValueError, "support_x has 1 tasks, support_y 2"),
     "no task axis": (lambda: adapt(SX[0, 0], SY[0]), ValueError, "support_x has shape [3]"),
-    "steps": (lambda: adapt(SX, SY, inner_steps="all"), ValueError, "inner_steps='all'"),
+    "steps": (lambda: adapt(SX, SY, inner_steps="all"), TypeError, "inner_steps='all'"),
     "rates": (lambda: adapt(SX, SY, inner_lr={"x": 0.1}), ValueError, "inner_lr has 'x'"),
     "batchnorm": (lambda: adapt(SX, SY, batchnorm="query"), ValueError, "batchnorm='query'"),
     "labels": (lambda: adapt(SX, SY + 9), ValueError, "support_y has the label 1"),

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from executor_cases import masks_equal_error
 from plain_loop import classify, distance, grads, mlp, one_thread, ragged, regress  # noqa: F401
 from random_programs import numbers_for, random_case, randoms
-from test_cpu_executor import masks_equal_error
 from test_optimizers import BOUND, backends
 from torch import Tensor, nn
 from torch.func import functional_call

@@ -8,8 +8,8 @@ import random
 
 import pytest
 import torch
+from executor_cases import ZERO, masks_equal_error, same
 from random_programs import Case, error, gradients, norm, numbers_for, random_case
-from test_cpu_executor import ZERO, masks_equal_error, same
 from test_torch_executor import focal, run_halves
 
 import fastmaml.plan.patches as patches

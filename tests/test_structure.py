@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from executor_cases import net_case, ragged_case
 from random_programs import random_case
-from test_cpu_executor import net_case, ragged_case
 
 from fastmaml import _cpu
 from fastmaml.executors.cpu import CpuExecutor
@@ -28,7 +28,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom to the top. A module imports from its own room and from the rooms below it.
 ROOMS = (
-    {"program", "batch", "batch_checks", "optimizers"},
+    {"counts", "program", "batch", "batch_checks", "optimizers"},
     {"nn", "_trace", "trace", "files", "tasks", "machine", "options", "watch"},
     {"plan", "parameterisation", "rates"},
     {"executors"},

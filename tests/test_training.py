@@ -326,7 +326,7 @@ def test_evaluation_where_the_data_has_moved(data, tmp_path):
 def test_evaluation_refuses(finished):
     with pytest.raises(ValueError, match="split='validation': sinusoid has test"):
         evaluate(finished, split="validation")
-    with pytest.raises(ValueError, match="tasks=0: expected at least 1"):
+    with pytest.raises(ValueError, match="tasks=0: expected a whole number of at least 1"):
         evaluate(finished, tasks=0)
     assert not (finished / "evaluation.csv").exists()
 
@@ -347,7 +347,7 @@ REFUSED = [
     (dict(task="omniglot"), "data is missing.*images_background.zip"),
     (dict(task="glyphs", data="x"), "data='x' is for omniglot, not for glyphs"),
     (dict(task="sinusoid", rotations=False), "rotations=False is for omniglot"),
-    (dict(task="sinusoid", iterations=0), "iterations=0: expected at least 1"),
+    (dict(task="sinusoid", iterations=0), "iterations=0: expected a whole number of at least 1"),
     (dict(task="sinusoid", lr=0), "lr=0: expected a finite number above 0"),
     (dict(task="sinusoid", inner_lr=float("nan")), "inner_lr=nan: expected a finite number"),
 ]

@@ -1,6 +1,6 @@
-"""The triton executor. Its cases (triton_cases.py) run in processes of their own: a process is either interpreted, on CPU tensors, or compiled, on a GPU.
+"""The triton executor. Its cases (triton_cases_*.py) run in processes of their own: a process is either interpreted, on CPU tensors, or compiled, on a GPU.
 
-On a GPU all of them run. Interpreted, the slow ones (every option, random Programs) would take ten minutes: cd tests; TRITON_INTERPRET=1 pytest triton_cases.py
+On a GPU all of them run. Interpreted, the slow ones (every option, random Programs) would take ten minutes: cd tests; TRITON_INTERPRET=1 pytest triton_cases_*.py
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+CASES = sorted(path.name for path in HERE.glob("triton_cases_*.py"))
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton: Linux)")
 
 
@@ -25,25 +26,25 @@ def run(arguments: list[str], interpret: bool, **variables: str) -> subprocess.C
     return subprocess.run([sys.executable, *arguments], cwd=HERE, env=environment, capture_output=True, text=True)
 
 
-def run_cases(interpret: bool, *selection: str) -> None:
+def run_cases(interpret: bool, file: str, *selection: str) -> None:
     ignore = ("-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning")  # numpy's, of infinities that are masked; the interpreter's
-    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *ignore, "triton_cases.py", *selection], interpret)
+    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *ignore, file, *selection], interpret)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     print(done.stdout.splitlines()[-1])
 
 
 @needs_triton
-@pytest.mark.parametrize("selection", ["single", "options", "not single and not options"])
-def test_interpreted(selection: str) -> None:
-    run_cases(True, "-m", "not slow", "-k", selection)
+@pytest.mark.parametrize("file", CASES)
+def test_interpreted(file: str) -> None:
+    run_cases(True, file, "-m", "not slow")
 
 
 @needs_triton
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("selection", ["single", "options", "not single and not options"])
-def test_on_a_gpu(selection: str) -> None:
-    run_cases(False, "-k", selection)
+@pytest.mark.parametrize("file", CASES)
+def test_on_a_gpu(file: str) -> None:
+    run_cases(False, file)
 
 
 # ------------------------------------------------------------------------------------------------------ choice and reasons

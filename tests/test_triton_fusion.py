@@ -1,4 +1,4 @@
-"""What the triton executor fuses: how many launches a meta-iteration takes, which instructions and buffers are left. Nothing is run here (triton_cases.py does)."""
+"""What the triton executor fuses: how many launches a meta-iteration takes, which instructions and buffers are left. Nothing is run here (triton_cases_fusion.py does)."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaml.counts import check_count
 from fastmaml.parameterisation.base import Kind, Network, Parameterisation, Tasks
 from fastmaml.parameterisation.rewriter import Rewriter
 
@@ -21,8 +22,7 @@ class Mixture(Parameterisation):
 
     def __init__(self, components: int = 3) -> None:
         super().__init__()
-        if isinstance(components, bool) or not isinstance(components, int) or components < 1:
-            raise ValueError(f"components={components!r}: expected a whole number of at least 1")
+        components = check_count("components", components)
         self.components = components
 
     def settings(self) -> Mapping[str, Any]:

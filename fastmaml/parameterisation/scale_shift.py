@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmaml.counts import check_count
 from fastmaml.parameterisation.base import Kind, Network, Parameterisation
 from fastmaml.parameterisation.rewriter import Rewriter
 
@@ -90,8 +91,7 @@ class Context(Parameterisation):
 
     def __init__(self, size: int = 5, layers: str | Sequence[str] | None = None) -> None:
         super().__init__()
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size={size!r}: expected a whole number of at least 1")
+        size = check_count("size", size)
         self.size, self.layers = size, layers
 
     def settings(self) -> Mapping[str, Any]:

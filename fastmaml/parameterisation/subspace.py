@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmaml.counts import check_count
 from fastmaml.parameterisation.base import Kind, Network, Parameterisation, Tasks
 from fastmaml.parameterisation.rewriter import Rewriter
 from fastmaml.parameterisation.scale_shift import only_own
@@ -122,8 +123,7 @@ class LowRank(Parameterisation):
 
     def __init__(self, rank: int = 4, adapt: str = "both", learned: bool = True, layers: str | Sequence[str] | None = None, frozen: bool = False) -> None:
         super().__init__()
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank={rank!r}: expected a whole number of at least 1")
+        rank = check_count("rank", rank)
         if adapt not in ("both", "A", "B"):
             raise ValueError(f"adapt={adapt!r}: choose 'both', 'A' or 'B'")
         self.rank, self.adapt, self.learn, self.layers, self.freeze = rank, adapt, bool(learned), layers, bool(frozen)
@@ -167,8 +167,7 @@ class Basis(Parameterisation):
 
     def __init__(self, size: int = 8, basis: str | Mapping[str, Tensor] = "random", learned: bool = False) -> None:
         super().__init__()
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size={size!r}: expected a whole number of at least 1")
+        size = check_count("size", size)
         if not isinstance(basis, Mapping) and basis not in ("random", "learned"):
             raise ValueError(f"basis={basis!r}: choose 'random', 'learned', or {{name of a parameter: tensor [elements, size]}}")
         self.size, self.basis, self.learn = size, basis, bool(learned)

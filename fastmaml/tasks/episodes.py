@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.batch import TaskBatch
-from fastmaml.batch_checks import check_count
+from fastmaml.counts import check_count
 from fastmaml.tasks.device import check_device
 
 

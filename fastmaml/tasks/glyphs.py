@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmaml.batch_checks import check_count
+from fastmaml.counts import check_count
 from fastmaml.files import cache_path
 from fastmaml.tasks.cache import cached
 from fastmaml.tasks.episodes import Episodes

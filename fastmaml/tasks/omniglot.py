@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastmaml.batch_checks import check_count
+from fastmaml.counts import check_count
 from fastmaml.tasks.episodes import Episodes
 from fastmaml.tasks.omniglot_files import RESIZE, SIDE, load_bank
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmaml.batch_checks import check_count
+from fastmaml.counts import check_count
 from fastmaml.tasks.device import check_device
 from fastmaml.training import checkpoint, methods
 from fastmaml.training.pictures import draw_evaluation, write_csv

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastmaml import nn
-from fastmaml.batch_checks import check_count
+from fastmaml.counts import check_count
 from fastmaml.maml import MAML
 from fastmaml.tasks import Glyphs, Omniglot, Sinusoid
 from fastmaml.training import methods

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.batch_checks import check_count
+from fastmaml.counts import check_count
 from fastmaml.maml import MAML
 from fastmaml.methods import MAMLPlusPlusSchedule
 from fastmaml.output import NonFiniteError

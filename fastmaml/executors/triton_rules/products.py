@@ -134,8 +134,9 @@ def weight_product(s: Site, g: Geometry, extent: str, pairs: Sequence[tuple[View
         summed.partial = replace(dw, data=s.storage.sums(grid[1] * numel))
         summed.again = _again(table, (x, dy, x2, dy2), updates[0], g)
         args |= dict(sums=summed.partial.data, weights=s.storage.task_weights, tasks=tasks, group=summed.group)
-        options = {"num_warps": 8, "num_stages": 2 if s.precision.endswith("x3") else 3}  # two tiles in registers: of a task, and of the sum
-        return s.launch(conv2d.conv2d_weight_tasks, grid, options, **args)
+        parts_too = s.precision.endswith("x3")  # in registers, beside two tiles, of a task and of the sum: of half the rows, or they would spill
+        args["BM"] = m // 2 if parts_too else m
+        return s.launch(conv2d.conv2d_weight_tasks, grid, {"num_warps": 8, "num_stages": 2 if parts_too else 3}, **args)
     args |= dict(dw=data(parts[0]), chunk=CHUNK, chunks=chunks, dw_task=numel)
     s.launch(conv2d.conv2d_weight, (tiles, chunks, tasks), _warps(s.precision, k, n), **args)
     for part, whole, update in zip(parts, (dw, db), updates, strict=True):
