@@ -5,7 +5,7 @@ For each distinct instruction (kernel, rows and shapes of its operands, attribut
 native   the kernel as the ``cpu`` executor calls it, operands laid out as the executor lays them out, all rows of a task in one call (the executor may cut them
          into blocks, and fuses neighbours). A round is one native call that runs a Plan of this one instruction so often that it takes half a millisecond:
          Python's share is below one percent, the executor's own tens of nanoseconds are in it. What is updated in place goes to an array of its own here.
-torch    the function of ``executors/torch_kernels/`` on plain tensors, called from Python: torch's dispatch is in it, as in any code that uses torch. Its
+torch    the function of ``executors/torch/kernels/`` on plain tensors, called from Python: torch's dispatch is in it, as in any code that uses torch. Its
          copy and reshape are views and move nothing.
 
 Times are of one call, and rounds follow one another: the operands are as warm as the caches are large. An instruction of a batch phase gets the rows of all
@@ -36,10 +36,10 @@ from torch import Tensor
 from benchmarks.peers import maml_of
 from benchmarks.workloads import DEFAULT, WORKLOADS, Workload
 from fastmaml import _cpu
-from fastmaml.executors.cpu_lowering import ROWS, Lowering
-from fastmaml.executors.cpu_native import PLANES, is_image
-from fastmaml.executors.cpu_rules import native
-from fastmaml.executors.torch_kernels import KERNELS
+from fastmaml.executors.cpu.lowering import ROWS, Lowering
+from fastmaml.executors.cpu.native import PLANES, is_image
+from fastmaml.executors.cpu.rules import native
+from fastmaml.executors.torch.kernels import KERNELS
 from fastmaml.machine import peak_gflops
 from fastmaml.plan.costs import Counter
 from fastmaml.plan.instructions import Instruction, Plan, Ref

@@ -34,11 +34,11 @@ __all__ = [
     "trace",
 ]
 
-if _executors.cpu.IMPORT_ERROR is not None:
+if _executors.cpu.executor.IMPORT_ERROR is not None:
     import warnings as _warnings
 
     _warnings.warn(
-        f"fastmaml._cpu is not built ({_executors.cpu.IMPORT_ERROR}): everything runs on the slow torch executor. "
+        f"fastmaml._cpu is not built ({_executors.cpu.executor.IMPORT_ERROR}): everything runs on the slow torch executor. "
         "In a source tree run: python setup.py build_ext --inplace (or pip install -e .)",
         stacklevel=2,
     )

@@ -16,9 +16,10 @@ import torch
 
 import fastmaml
 from fastmaml import cli, machine
-from fastmaml.executors import BACKENDS, cubins, nvrtc, triton_executor
-from fastmaml.executors import cpu as cpu_executor
-from fastmaml.executors import cuda as cuda_executor
+from fastmaml.executors import BACKENDS, triton_executor
+from fastmaml.executors.cpu import executor as cpu_executor
+from fastmaml.executors.cuda import cubins, nvrtc
+from fastmaml.executors.cuda import executor as cuda_executor
 
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # and every FASTMAML_*
 RUNS = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmaml.batch import TaskBatch
 from fastmaml.engine import Runner
 from fastmaml.executors.call import Call
-from fastmaml.executors.evaluate import evaluate
+from fastmaml.executors.torch.evaluate import evaluate
 from fastmaml.nn import StepBatchNorm
 
 

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastmaml import options
 from fastmaml.batch import TaskBatch
 from fastmaml.counts import check_count
-from fastmaml.executors.opaque import is_opaque
+from fastmaml.executors.autograd.opaque import is_opaque
 from fastmaml.plain_loop import PlainLoop
 from fastmaml.rewritten_loop import RewrittenLoop
 

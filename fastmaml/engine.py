@@ -19,8 +19,8 @@ from torch import device as Device
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors import Executor, choose
+from fastmaml.executors.autograd.opaque import opaque_program, turn
 from fastmaml.executors.call import Results
-from fastmaml.executors.opaque import opaque_program, turn
 from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.parameterisation import Rewritten, rewritten
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmaml import options as checks
-from fastmaml.executors.opaque import turn
+from fastmaml.executors.autograd.opaque import turn
 from fastmaml.maml import MAML
 from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.output import MetaOutput

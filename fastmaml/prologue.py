@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmaml.engine import Runner
 from fastmaml.executors.call import Call, Results
-from fastmaml.executors.evaluate import evaluate
+from fastmaml.executors.torch.evaluate import evaluate
 from fastmaml.parameterisation import PENALTY, Tasks
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fastmaml.batch import TaskBatch
-from fastmaml.executors.evaluate import evaluate
+from fastmaml.executors.torch.evaluate import evaluate
 from fastmaml.parameterisation import PENALTY, Tasks
 from fastmaml.plain_loop import PlainLoop, Theta
 from fastmaml.prologue import inputs_of

@@ -14,7 +14,7 @@ from random_programs import Case, random_case
 
 import fastmaml
 from fastmaml.executors.call import Results
-from fastmaml.executors.cuda import CudaExecutor
+from fastmaml.executors.cuda.executor import CudaExecutor
 from fastmaml.plan import Plan
 
 host = pytest.importorskip("fastmaml._cuda_host", reason="fastmaml._cuda_host is built in a source tree: python setup.py build_ext --inplace")

@@ -15,8 +15,8 @@ from torch import Tensor
 import fastmaml.nn as nets
 from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Results
-from fastmaml.executors.cpu import CpuExecutor
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.plan import Arrangement, Plan, Rate
 from fastmaml.program import Loss, ProgramBuilder
 from fastmaml.trace import trace

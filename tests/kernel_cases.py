@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastmaml import _cpu
-from fastmaml.executors.cpu_rules import native
-from fastmaml.executors.torch_kernels import KERNELS
+from fastmaml.executors.cpu.rules import native
+from fastmaml.executors.torch.kernels import KERNELS
 from fastmaml.plan.instructions import Buffer, Instruction, Ref
 
 TIERS = _cpu.tiers()  # and "device forward", "device reversed", "device shuffled7": the CUDA device functions as host code
@@ -175,7 +175,7 @@ class Pool:
 
 @dataclass
 class Case:
-    """One call: operands in the order of kernels.h, and what the reference needs to know: the function of torch_kernels
+    """One call: operands in the order of kernels.h, and what the reference needs to know: the function of the torch executor
     of the same name, or ``formula``; it gets the inputs, also those that come ``after`` the outputs."""
 
     kernel: str
@@ -304,7 +304,7 @@ def check_activation(tier: str, plain: Case, outputs: Callable[[], list[Operand]
 def lowered(
     name: str, inputs: Sequence[Operand | None], outputs: Sequence[Operand | None], n: int, attrs: dict
 ) -> Case:
-    """The call that an instruction of the Plan becomes, to be held against the function of torch_kernels of its name."""
+    """The call that an instruction of the Plan becomes, to be held against the function of the torch executor of its name."""
     given = {f"b{i}": o for i, o in enumerate((*inputs, *outputs)) if o is not None}
     names = {id(o): Ref(b) for b, o in given.items()}
     buffers = {

@@ -9,7 +9,7 @@ from plain_loop import distance, grads, mlp, plain_loop
 from torch import nn
 
 from fastmaml import MAML
-from fastmaml.executors import cpu
+from fastmaml.executors.cpu import executor as cpu
 
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 BOUND = {torch.float32: 3e-6, torch.float64: 1e-11}

@@ -9,10 +9,10 @@ import pytest
 from random_programs import Case
 from test_torch_executor import OPTIONS, option_case, small_program
 
-from fastmaml.executors.cpu import CpuExecutor
-from fastmaml.executors.cuda import CudaExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.cuda.executor import CudaExecutor
 from fastmaml.executors.mixed import MixedExecutor
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.plan import Plan, Segment
 from fastmaml.plan.parts import Parts, divide, split
 

@@ -12,7 +12,7 @@ from random_programs import Case, error, gradients
 import fastmaml
 import fastmaml.nn as nets
 from fastmaml.executors.call import Results
-from fastmaml.executors.cpu import CpuExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
 
 
 def test_rows_of_all_tasks_in_pieces() -> None:

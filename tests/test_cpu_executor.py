@@ -12,8 +12,8 @@ from executor_cases import NETS, ZERO, masks_equal_error, net_case, subprocess_w
 from random_programs import error, gradients, norm, random_case, randoms
 
 import fastmaml
-from fastmaml.executors.cpu import CpuExecutor
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.program import Loss
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import fastmaml
 from fastmaml import MAML, SGD, TaskBatch, methods
-from fastmaml.executors import cpu
-from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
+from fastmaml.executors.cpu import executor as cpu
+from fastmaml.executors.cpu.lowering import Lowering, rows_capacity
 from fastmaml.parameterisation import Kind, Parameterisation
 
 pytestmark = pytest.mark.skipif(cpu._cpu is None, reason="fastmaml._cpu is not built")

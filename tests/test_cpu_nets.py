@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import fastmaml.nn as nets
 from fastmaml import MAML
 from fastmaml.batch import TaskBatch
-from fastmaml.executors.cpu import CpuExecutor
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.plan import Arrangement, Rate
 from fastmaml.trace import trace
 

@@ -9,7 +9,7 @@ import torch
 from executor_cases import ZERO, left_out, overflowing, ragged_case, ragged_images, spoiled, without
 from random_programs import error, norm
 
-from fastmaml.executors.cpu import CpuExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
 
 
 @pytest.mark.parametrize("threads", [1, 2, 40])

@@ -12,7 +12,7 @@ from executor_cases import ragged_case, same, subprocess_with
 from random_programs import Case
 
 from fastmaml import _cpu
-from fastmaml.executors.cpu import CpuExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
 
 
 def test_one_object_in_several_python_threads() -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from fastmaml import __main__ as command
-from fastmaml.executors import cubins, nvrtc
-from fastmaml.executors import cuda as cuda_executor
+from fastmaml.executors.cuda import cubins, nvrtc
+from fastmaml.executors.cuda import executor as cuda_executor
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_only_cubins_and_abandoned_parts_are_removed(tmp_path: Path, monkeypatch
 # ------------------------------------------------------------------------------------------------------ several processes
 WORKER = """
 import random, sys
-from fastmaml.executors import cubins
+from fastmaml.executors.cuda import cubins
 folder, rng = sys.argv[1], random.Random(int(sys.argv[2]))
 sys.stdin.read(1)  # all begin at once
 for _ in range(400):

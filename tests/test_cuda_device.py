@@ -13,10 +13,11 @@ from executor_cases import NETS, ZERO, left_out_of, masks_equal_error, net_case,
 from random_programs import error, random_case, randoms
 
 import fastmaml
-from fastmaml.executors import cuda, nvrtc
 from fastmaml.executors.call import Call, Results
-from fastmaml.executors.cpu import CpuExecutor
-from fastmaml.executors.cuda import CudaExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.cuda import executor as cuda
+from fastmaml.executors.cuda import nvrtc
+from fastmaml.executors.cuda.executor import CudaExecutor
 
 pytestmark = [
     pytest.mark.cuda,

@@ -15,9 +15,9 @@ from random_programs import error, norm, random_case, randoms
 import fastmaml
 from fastmaml import engine
 from fastmaml.executors import choose
-from fastmaml.executors.cpu import CpuExecutor
-from fastmaml.executors.cuda import CudaExecutor
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.cuda.executor import CudaExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 
 
 # ------------------------------------------------------------------------------------- (a) against float64, masks equal

@@ -13,8 +13,9 @@ from executor_cases import ragged_case
 import fastmaml
 import fastmaml.nn as nets
 from fastmaml import _cpu, engine
-from fastmaml.executors import BackendError, choose, cuda
-from fastmaml.executors.cuda import CudaExecutor
+from fastmaml.executors import BackendError, choose
+from fastmaml.executors.cuda import executor as cuda
+from fastmaml.executors.cuda.executor import CudaExecutor
 
 
 def test_images_are_refused_by_name() -> None:

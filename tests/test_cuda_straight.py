@@ -24,10 +24,11 @@ from random_programs import Case
 
 import fastmaml
 from fastmaml import engine
-from fastmaml.executors import cuda, nvrtc
-from fastmaml.executors.cuda import KERNELS, CudaExecutor
+from fastmaml.executors.cuda import executor as cuda
+from fastmaml.executors.cuda import nvrtc
+from fastmaml.executors.cuda.executor import KERNELS, CudaExecutor
 from fastmaml.executors.mixed import MixedExecutor
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.plan import Plan
 
 CSRC = Path(__file__).parent.parent / "csrc"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mixed_cases import anil_case, mixed, needs_host
 
-from fastmaml.executors.cuda import CudaExecutor
+from fastmaml.executors.cuda.executor import CudaExecutor
 from fastmaml.executors.device import KEEPERS, with_room
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import nn
 import fastmaml
 from fastmaml import MAML, TaskBatch, machine
 from fastmaml import nn as nets
-from fastmaml.executors.torch_kernels import KERNELS
+from fastmaml.executors.torch.kernels import KERNELS
 from fastmaml.plan import Arrangement, Buffer, Instruction, Rate, Ref, build_plan
 from fastmaml.plan.costs import Counter, compulsory_bytes, costs
 from fastmaml.plan.explain import explain, stored_bytes

@@ -10,7 +10,7 @@ import torch
 from kernel_cases import TIERS, Case, Operand, Pool, normal, out, same_bits, vector
 from torch import Tensor
 
-from fastmaml.executors.torch_kernels.registry import times, total
+from fastmaml.executors.torch.kernels.registry import times, total
 
 Shape = tuple[int, ...]
 SIZES = (1, 7, 8, 9, 40, 63, 64, 65, 130)

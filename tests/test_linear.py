@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import TIERS, Case, Operand, Pool, check_activation, exact, normal, out, same_bits, scalar, vector
 from torch import Tensor
 
-from fastmaml.executors.torch_kernels import KERNELS
+from fastmaml.executors.torch.kernels import KERNELS
 
 SIZES, ROWS, BLOCKS = (1, 7, 8, 9, 40, 63, 64, 65, 130), (1, 5, 10, 11, 97), (3, 50)
 # n, in, out: half of all pairs of sizes, every size on every number of rows (or all but one)

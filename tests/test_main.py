@@ -12,8 +12,8 @@ import fastmaml
 from fastmaml import __main__ as command
 from fastmaml import machine
 from fastmaml.executors import BACKENDS
-from fastmaml.executors import cpu as cpu_executor
-from fastmaml.executors import cuda as cuda_executor
+from fastmaml.executors.cpu import executor as cpu_executor
+from fastmaml.executors.cuda import executor as cuda_executor
 
 
 @pytest.fixture(autouse=True)

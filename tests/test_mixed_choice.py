@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml import executors
-from fastmaml.executors import BackendError, cuda, explained
+from fastmaml.executors import BackendError, explained
 from fastmaml.executors.call import Call
-from fastmaml.executors.cpu import CpuExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.cuda import executor as cuda
 from fastmaml.executors.mixed import MixedExecutor
 from fastmaml.plan import Plan, Segment
 from fastmaml.plan.parts import divide

@@ -12,8 +12,8 @@ from mixed_cases import anil_case, host, mixed
 from random_programs import Case, error, gradients, numbers_for, outer_losses, random_case, randoms
 from test_torch_executor import OPTIONS, focal, run_halves
 
-from fastmaml.executors.cpu import CpuExecutor
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.plan import Arrangement, Rate
 from fastmaml.program import Loss, ProgramBuilder
 

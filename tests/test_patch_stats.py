@@ -11,7 +11,7 @@ from test_conv2d import SHAPES as LAYERS
 from test_conv2d import extents
 from torch import Tensor
 
-from fastmaml.executors.torch_kernels import KERNELS
+from fastmaml.executors.torch.kernels import KERNELS
 
 EPS = exact(1e-5)
 SHAPES = [shape for shape in LAYERS if shape[1] * shape[5][0] * shape[5][1] <= 160]

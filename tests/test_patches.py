@@ -14,8 +14,8 @@ from test_torch_executor import focal, run_halves
 
 import fastmaml.plan.patches as patches
 import fastmaml.plan.sweep as sweep
-from fastmaml.executors.cpu import CpuExecutor
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.plan import Arrangement, Rate
 from fastmaml.program import Program, ProgramBuilder

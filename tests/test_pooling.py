@@ -12,7 +12,7 @@ from random_programs import Case, error, gradients, norm, numbers_for, random_ca
 from torch import Tensor
 
 import fastmaml.plan.sweep as sweep
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.plan import Arrangement, Rate
 from fastmaml.plan.pooling import pool_first
 from fastmaml.program import Program, ProgramBuilder

@@ -16,8 +16,8 @@ from executor_cases import net_case, ragged_case
 from random_programs import random_case
 
 from fastmaml import _cpu
-from fastmaml.executors.cpu import CpuExecutor
-from fastmaml.executors.cpu_lowering import Lowering, rows_capacity
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.cpu.lowering import Lowering, rows_capacity
 from fastmaml.optimizers import ImplicitGradient
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan
 from fastmaml.program import OPS, Loss, ProgramBuilder

@@ -11,7 +11,7 @@ from random_programs import Case, error, gradients, norm, numbers_for, outer_los
 from torch import Tensor
 
 import fastmaml.nn as nets
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.plan import Arrangement, Rate
 from fastmaml.program import Loss, Program, ProgramBuilder
 from fastmaml.trace import trace

@@ -18,10 +18,10 @@ import triton_aot
 from random_programs import random_case
 
 import fastmaml.nn as nets
-from fastmaml.executors.triton import INTERPRETED
-from fastmaml.executors.triton_fusion import fuse
-from fastmaml.executors.triton_lowering import Lowering
-from fastmaml.executors.triton_storage import Bucket
+from fastmaml.executors.triton.executor import INTERPRETED
+from fastmaml.executors.triton.fusion import fuse
+from fastmaml.executors.triton.lowering import Lowering
+from fastmaml.executors.triton.storage import Bucket
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan
 from fastmaml.program import Program
 from fastmaml.trace import trace

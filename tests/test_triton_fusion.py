@@ -9,10 +9,10 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed (pip install triton: Linux)")
 
 import fastmaml.nn as nets
-from fastmaml.executors.triton_fused import Fused
-from fastmaml.executors.triton_fusion import fuse
-from fastmaml.executors.triton_lowering import Lowering
-from fastmaml.executors.triton_storage import Bucket
+from fastmaml.executors.triton.fused import Fused
+from fastmaml.executors.triton.fusion import fuse
+from fastmaml.executors.triton.lowering import Lowering
+from fastmaml.executors.triton.storage import Bucket
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan
 from fastmaml.trace import trace
 

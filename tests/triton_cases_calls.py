@@ -14,10 +14,10 @@ from triton_networks import small
 from triton_process import DEVICE, ZERO, on_device
 
 import fastmaml
-from fastmaml.executors.cuda import CudaExecutor
+from fastmaml.executors.cuda.executor import CudaExecutor
 from fastmaml.executors.mixed import MixedExecutor
-from fastmaml.executors.torch import TorchExecutor
-from fastmaml.executors.triton import INTERPRETED, TritonExecutor, Workspace
+from fastmaml.executors.torch.executor import TorchExecutor
+from fastmaml.executors.triton.executor import INTERPRETED, TritonExecutor, Workspace
 from fastmaml.plan import Arrangement, Plan, Rate
 from fastmaml.plan.parts import divide
 from fastmaml.program import Loss, ProgramBuilder
@@ -136,7 +136,7 @@ def test_out_of_memory_names_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("fastmaml.executors.triton.Workspace", full)
+    monkeypatch.setattr("fastmaml.executors.triton.executor.Workspace", full)
     with pytest.raises(torch.cuda.OutOfMemoryError, match=rf"2 tasks needs {sum(executor.memory(case.batch).values()):,} bytes"):
         executor.forward(case.call(torch.float32))
     monkeypatch.undo()
@@ -156,6 +156,6 @@ def test_objects_make_room_for_each_other(monkeypatch: pytest.MonkeyPatch) -> No
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return Workspace(*arguments)
 
-    monkeypatch.setattr("fastmaml.executors.triton.Workspace", tight)
+    monkeypatch.setattr("fastmaml.executors.triton.executor.Workspace", tight)
     assert second.forward(case.call(torch.float32)).all_finite and not any(first._idle.values())
     assert first.forward(case.call(torch.float32)).all_finite

@@ -13,13 +13,13 @@ from random_programs import random_case
 from triton_networks import fusible, patches, small, summed
 from triton_process import DEVICE, judge_plan, on_device
 
-from fastmaml.executors.triton import INTERPRETED, TritonExecutor
-from fastmaml.executors.triton_fused import Fused, Sums
-from fastmaml.executors.triton_lowering import Lowering
-from fastmaml.executors.triton_rules import RULES
-from fastmaml.executors.triton_rules.products import Geometry, product
-from fastmaml.executors.triton_site import Site
-from fastmaml.executors.triton_storage import Bucket, View
+from fastmaml.executors.triton.executor import INTERPRETED, TritonExecutor
+from fastmaml.executors.triton.fused import Fused, Sums
+from fastmaml.executors.triton.lowering import Lowering
+from fastmaml.executors.triton.rules import RULES
+from fastmaml.executors.triton.rules.products import Geometry, product
+from fastmaml.executors.triton.site import Site
+from fastmaml.executors.triton.storage import Bucket, View
 from fastmaml.plan import Plan
 
 
@@ -55,7 +55,7 @@ def test_sums_of_several_arrays() -> None:
 @pytest.mark.parametrize("kernel", ["stats_fwd", "stats_jvp", "bwd_stats"])
 def test_statistics_in_one_launch_have_the_same_bits(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task whose rows are one chunk: alone in one launch, beside a task of several chunks in two."""
-    monkeypatch.setattr("fastmaml.executors.triton_rules.norms.CHUNK", 24)
+    monkeypatch.setattr("fastmaml.executors.triton.rules.norms.CHUNK", 24)
     generator = torch.Generator().manual_seed(0)
     x, xt = (torch.randn(60, 5, generator=generator).to(DEVICE) * 3 + 1 for _ in range(2))
     mean, rstd = (torch.rand(2, 5, generator=generator).to(DEVICE) + 0.5 for _ in range(2))
@@ -90,9 +90,9 @@ FUSIBLE = {
 @pytest.mark.parametrize(("name", "chunk"), [*((name, 4096) for name in FUSIBLE), ("rows", 24), ("images", 24)])
 def test_fusion_changes_no_bit(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of losses, logits, masks and gradients; with sums in one piece and in many. But for a batchnorm's, which products sum by other pieces (test_sums_of_tiles)."""
-    monkeypatch.setattr("fastmaml.executors.triton_fusion_norms.SUMMED", {})
-    monkeypatch.setattr("fastmaml.executors.triton_rules.products.CHUNK", chunk)
-    monkeypatch.setattr("fastmaml.executors.triton_rules.norms.CHUNK", chunk)
+    monkeypatch.setattr("fastmaml.executors.triton.fusion_norms.SUMMED", {})
+    monkeypatch.setattr("fastmaml.executors.triton.rules.products.CHUNK", chunk)
+    monkeypatch.setattr("fastmaml.executors.triton.rules.norms.CHUNK", chunk)
     case = on_device(FUSIBLE[name]())
     plan = case.plan(record_masks=True)
     executor = TritonExecutor(plan, "highest")
@@ -107,7 +107,7 @@ def test_fusion_changes_no_bit(name: str, chunk: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("group", [2, 64])
 def test_sums_of_tiles(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged by groups of tiles, and all at once."""
-    monkeypatch.setattr("fastmaml.executors.triton_rules.products.GROUP", group)
+    monkeypatch.setattr("fastmaml.executors.triton.rules.products.GROUP", group)
     judge_plan(summed())
 
 
@@ -127,7 +127,7 @@ def shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mode", ["stats_fwd", "stats_jvp", "bwd_stats", "bwd_stats_jvp"])
 def test_sums_of_tiles_have_the_same_bits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a task of several tiles, whichever comes last: alone, twice, and behind a larger task. The product copies, so that nothing else rounds."""
-    monkeypatch.setattr("fastmaml.executors.triton_rules.products.GROUP", 2)
+    monkeypatch.setattr("fastmaml.executors.triton.rules.products.GROUP", 2)
     generator = torch.Generator().manual_seed(0)
     x, other, dy, xt = (torch.randn(1000, 5, generator=generator).to(DEVICE) * 3 + 1 for _ in range(4))
     of_task = [torch.rand(2, 5, generator=generator).to(DEVICE) + 0.5 for _ in range(4)]

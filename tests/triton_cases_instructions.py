@@ -13,14 +13,14 @@ from torch import Tensor
 from triton_networks import INNER, fusible, matrices, patches, small, summed
 from triton_process import DEVICE, judge, on_device
 
-from fastmaml.executors import torch_kernels
 from fastmaml.executors.call import Results
-from fastmaml.executors.torch import Task, TorchExecutor
-from fastmaml.executors.triton import Workspace
-from fastmaml.executors.triton_fused import Fused
-from fastmaml.executors.triton_fusion import fuse
-from fastmaml.executors.triton_rules import RULES
-from fastmaml.executors.triton_storage import Bucket
+from fastmaml.executors.torch import kernels as torch_kernels
+from fastmaml.executors.torch.executor import Task, TorchExecutor
+from fastmaml.executors.triton.executor import Workspace
+from fastmaml.executors.triton.fused import Fused
+from fastmaml.executors.triton.fusion import fuse
+from fastmaml.executors.triton.rules import RULES
+from fastmaml.executors.triton.storage import Bucket
 from fastmaml.plan import Arrangement, Plan, Rate
 from fastmaml.plan.instructions import Instruction
 from fastmaml.program import ProgramBuilder
@@ -208,7 +208,7 @@ NOT_IN_PLANS = {f"{op}_replay" for op in ("batchnorm_maxpool2d",)}  # of replaye
 
 
 def test_single_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmaml.executors.triton_rules.products.GROUP", 2)
+    monkeypatch.setattr("fastmaml.executors.triton.rules.products.GROUP", 2)
     for name, case, plan in instruction_cases():
         print(name)
         Lockstep(plan).judge_all(on_device(case))

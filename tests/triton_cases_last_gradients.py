@@ -12,11 +12,11 @@ from triton_networks import INNER, fusible, small
 from triton_process import DEVICE, judge, judge_plan, on_device
 
 import fastmaml
-from fastmaml.executors import torch_kernels
-from fastmaml.executors.triton import TritonExecutor, Workspace
-from fastmaml.executors.triton_fusion import fuse
-from fastmaml.executors.triton_lowering import Lowering
-from fastmaml.executors.triton_storage import Bucket, Storage
+from fastmaml.executors.torch import kernels as torch_kernels
+from fastmaml.executors.triton.executor import TritonExecutor, Workspace
+from fastmaml.executors.triton.fusion import fuse
+from fastmaml.executors.triton.lowering import Lowering
+from fastmaml.executors.triton.storage import Bucket, Storage
 from fastmaml.plan import Plan
 from fastmaml.plan.instructions import Buffer, Group, Instruction, Phase, Reduction, Ref, Segment
 
@@ -65,8 +65,8 @@ class Walled(Storage):
 @pytest.mark.parametrize("place", ["nowhere", "loss", "adjoint", "theta_bar", "gradient"])
 def test_last_gradients_of_tasks_that_are_not_finite(place: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule (c), for the sum over those that are."""
-    monkeypatch.setattr("fastmaml.executors.triton_sums.PROGRAMS", programs)
-    monkeypatch.setattr("fastmaml.executors.triton_lowering.Storage", Walled)
+    monkeypatch.setattr("fastmaml.executors.triton.last_gradients.PROGRAMS", programs)
+    monkeypatch.setattr("fastmaml.executors.triton.lowering.Storage", Walled)
     generator, sizes, plan = torch.Generator().manual_seed(0), (3, 1, 4, 1, 2), last_gradients()
 
     def numbers(b: Buffer) -> list[Tensor]:
@@ -124,7 +124,7 @@ LAST = [("rows", 2, {}), ("images", 1, {}), ("images", 1, {"first_order": True})
 @pytest.mark.parametrize(("kind", "steps", "changes"), LAST, ids=str)
 def test_last_gradients_in_the_accumulator(kind: str, steps: int, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of whole Plans: at the first step, or of the query, where the loss of a state joins in last, and with momentum."""
-    monkeypatch.setattr("fastmaml.executors.triton_sums.PROGRAMS", 2)
+    monkeypatch.setattr("fastmaml.executors.triton.last_gradients.PROGRAMS", 2)
     case = fusible(kind)[0]
     case = numbers_for(case.program, dataclasses.replace(case.arrangement, steps=steps, **changes), 0, [(3, 1), (5, 2), (1, 3), (4, 4), (2, 1)])
     judge_plan(dataclasses.replace(case, task_weights=torch.tensor([0.3, 1.0, 2.0, 0.5, 0.1], dtype=torch.float64)))
@@ -135,7 +135,7 @@ def test_last_gradients_in_the_accumulator(kind: str, steps: int, changes: dict,
 @pytest.mark.parametrize("programs", [256, 1])  # last gradients by task, summed in the accumulator
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_tasks_that_are_not_finite(kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmaml.executors.triton_sums.PROGRAMS", programs)
+    monkeypatch.setattr("fastmaml.executors.triton.last_gradients.PROGRAMS", programs)
     case = on_device(small(kind, "plain", 1, (0, 1, 2)))
     batch = case.batch
     good = TritonExecutor(case.plan()).forward(dataclasses.replace(case, batch=batch.select([0, 2])).call(torch.float32))

@@ -12,8 +12,8 @@ from test_torch_executor import OPTIONS, option_case
 from triton_networks import INNER, small
 from triton_process import ZERO, judge_plan, on_device
 
-from fastmaml.executors.torch import TorchExecutor
-from fastmaml.executors.triton import TritonExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
+from fastmaml.executors.triton.executor import TritonExecutor
 
 QUICK = [("conv", "support")] + [("linear", o) for o in ("multi-step-from-1", "learned-per-tensor-and-step", "mse-divisor", "one-row", "ways", "factored-learned")]
 

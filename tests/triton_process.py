@@ -12,8 +12,8 @@ from random_programs import Case, error, norm
 from torch import Tensor
 
 from fastmaml.executors.call import Results
-from fastmaml.executors.torch import TorchExecutor
-from fastmaml.executors.triton import INTERPRETED, TritonExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
+from fastmaml.executors.triton.executor import INTERPRETED, TritonExecutor
 from fastmaml.plan import Plan
 
 

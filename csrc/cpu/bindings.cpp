@@ -1,5 +1,5 @@
 // fastmaml._cpu: the only file that knows Python. Pointers come as integers, the Plan as flat lists of numbers (see
-// executors/cpu_lowering.py).
+// executors/cpu/lowering.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

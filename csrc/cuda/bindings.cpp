@@ -1,5 +1,5 @@
 // fastmaml._cuda, and with the host's executor in place of the device's fastmaml._cuda_host: the only file that knows
-// Python. Pointers and streams come as integers, the Plan as the flat list of numbers of executors/cpu_lowering.py.
+// Python. Pointers and streams come as integers, the Plan as the flat list of numbers of executors/cpu/lowering.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -11,12 +11,12 @@ from torch import dtype as DType
 from torch import float32
 from torch.cuda import is_available as sees_a_gpu
 
-from fastmaml.executors.autograd import AutogradExecutor
-from fastmaml.executors.cpu import CpuExecutor
-from fastmaml.executors.cuda import CudaExecutor
+from fastmaml.executors.autograd.executor import AutogradExecutor
+from fastmaml.executors.autograd.opaque import is_opaque
+from fastmaml.executors.cpu.executor import CpuExecutor
+from fastmaml.executors.cuda.executor import CudaExecutor
 from fastmaml.executors.mixed import MixedExecutor
-from fastmaml.executors.opaque import is_opaque
-from fastmaml.executors.torch import TorchExecutor
+from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.plan.instructions import Plan
 from fastmaml.plan.parts import Parts, divide
 
@@ -69,7 +69,7 @@ def why_not(backend: str, plan: Plan, dtype: DType, device: Device) -> str | Non
 def triton_executor() -> tuple[Any, str]:
     """(TritonExecutor, "") or (None, why it could not be imported). Imported when first asked for: importing Triton takes a while."""
     try:
-        from fastmaml.executors.triton import TritonExecutor
+        from fastmaml.executors.triton.executor import TritonExecutor
     except Exception as error:  # an installation may be broken in many ways
         return None, f"the Triton kernels could not be imported: {type(error).__name__}: {error}"
     return TritonExecutor, ""

@@ -1,4 +1,4 @@
-// A piecewise linear activation inside of the kernel that makes what it is of: executors/cpu_fusion.py.
+// A piecewise linear activation inside of the kernel that makes what it is of: executors/cpu/fusion.py.
 #pragma once
 #include <type_traits>
 

@@ -130,7 +130,7 @@ void linear_bwd_input_both(const Call& c) {
 // ---------------------------------------------------------------------------------------------------- bwd_weight
 // Rows of dy that stay in L1 while all of dw is walked. They are copied together first: rows 1 KB apart would share a
 // quarter of its sets. Sums over more rows are made of such pieces, and are not added to anything in place (an epilogue
-// whose base is the result itself): cpu_fusion.py knows the number.
+// whose base is the result itself): cpu/fusion.py knows the number.
 static constexpr int64_t kDeep = 96;
 
 // The same for few outputs, a vector of inputs at a time

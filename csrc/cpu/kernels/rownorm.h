@@ -13,7 +13,7 @@
 namespace fastmaml {
 namespace FASTMAML_ISA {
 
-constexpr int64_t kMaxNormChannels = 8192;  // these arrays lie on the stack: cpu_rules/norms.py refuses more
+constexpr int64_t kMaxNormChannels = 8192;  // these arrays lie on the stack: cpu/rules/norms.py refuses more
 
 enum class AffineKind : int64_t { kChannel, kPixel, kElement };  // gamma [c], [pixels], [c, pixels] in torch's order
 

@@ -1,4 +1,4 @@
-// The Plan out of the flat list of numbers that executors/cpu_lowering.py writes. A list that is not one throws
+// The Plan out of the flat list of numbers that executors/cpu/lowering.py writes. A list that is not one throws
 // std::runtime_error.
 #pragma once
 #include <stdexcept>
