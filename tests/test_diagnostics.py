@@ -236,5 +236,5 @@ def test_distance() -> None:
 
 @pytest.mark.parametrize("repeats", [0, 1.5, True])
 def test_wrong_repeats(repeats) -> None:
-    with pytest.raises(ValueError, match="repeats"):
+    with pytest.raises(ValueError if repeats == 0 else TypeError, match=f"repeats={repeats}: expected a whole number of at least 1"):
         verify(MAML(mlp()), labelled(), repeats=repeats)
