@@ -183,6 +183,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--only {args.only!r}: no workload's name contains it; there are {'; '.join(WORKLOADS)}")
     if args.threads < 1:
         parser.error(f"--threads {args.threads}: expected at least 1")
+    if args.agreement is not None and args.agreement < 3:
+        parser.error(f"--agreement {args.agreement}: expected at least 3: errors are medians, which one flipped ReLU must not decide")
     if why := _unusable(args.device):
         parser.error(f"--device {args.device}: {why}")
     if args.resume and args.out:

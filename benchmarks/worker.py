@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,8 @@ class Worker:
         self.said.seek(0)
         lines = self.said.read().strip().splitlines()
         self.close()
-        raise Failed(f"its process ended with status {status}" + (f": {lines[-1]}" if lines else ""))
+        killed = " (killed: as a rule all processes together took more memory than there is)" if status == -signal.SIGKILL else ""
+        raise Failed(f"its process ended with status {status}{killed}" + (f": {lines[-1]}" if lines else ""))
 
     def close(self) -> None:
         for end in (self.process.stdin, self.process.stdout):

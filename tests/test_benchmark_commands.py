@@ -89,6 +89,7 @@ def test_quick(part: str, tmp_path: Path) -> None:
     [
         (("--only", "resnet"), "no workload's name contains it; there are sinusoid, cbfinn;"),
         (("--threads", 0), "--threads 0: expected at least 1"),
+        (("--agreement", 2), "--agreement 2: expected at least 3: errors are medians"),
         (("--learn2learn", "/nowhere"), "there is no learn2learn/algorithms/maml.py in it"),
         (("--peer", "no_such_module:x"), "no_such_module"),
         (("--parts", "speeds"), "invalid choice: 'speeds'"),

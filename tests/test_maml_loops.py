@@ -27,6 +27,10 @@ def test_scaled_losses_accumulate(how) -> None:
     assert distance(grads(maml.model), {n: (expected[0][n] + expected[1][n]) / 2 for n in expected[0]}) <= BOUND[how[1]]
 
 
+SAYS = hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph")  # whether torch says that nobody will go backward again; 2.4 does not
+
+
+@pytest.mark.skipif(not SAYS, reason="this torch does not say whether a graph is kept")
 def test_gradients_become_grad_without_a_copy() -> None:
     maml = made(("cpu", torch.float32))
     maml.model.zero_grad()
@@ -45,7 +49,7 @@ def test_backward_twice(how, outer) -> None:
     once = grads(maml.model)
     out.loss.backward()
     again = grads(maml.model)
-    if outer is None:
+    if outer is None and SAYS:
         with pytest.raises(RuntimeError, match="second backward.*retain_graph=True"):
             out.loss.backward()
     assert all(torch.equal(once[n], g) and once[n].data_ptr() != g.data_ptr() for n, g in again.items())

@@ -80,7 +80,7 @@ def plan_for(parameterisation: str = "anil", steps: int = 2, model: nn.Module | 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine said to have one: the host's device functions stand for the device's, Triton only lowers."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.6")
     monkeypatch.setattr(cuda, "_cuda", host)
     monkeypatch.setattr(executors, "sees_a_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed (pip install triton: Linux)")
+pytest.importorskip("triton", "3.6", reason="triton is not installed (pip install triton: Linux)")
 
 import random
 

@@ -9,14 +9,18 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastmaml.executors import OLDEST_TRITON
+
 HERE = Path(__file__).parent
 CASES = sorted(path.name for path in HERE.glob("triton_cases_*.py"))
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton: Linux)")
+VERSION = metadata.version("triton") if importlib.util.find_spec("triton") else "0.0"
+needs_triton = pytest.mark.skipif(tuple(map(int, VERSION.split(".")[:2])) < OLDEST_TRITON, reason="triton 3.6 or newer is not installed (pip install triton: Linux)")
 
 
 def run(arguments: list[str], interpret: bool, **variables: str) -> subprocess.CompletedProcess:
@@ -86,6 +90,12 @@ def test_by_name_it_runs_interpreted() -> None:
     if "only 0-dimensional arrays" in said[0]:
         pytest.skip("this Triton's interpreter does not work with this numpy")
     assert said == ["triton", "imported"]
+
+
+@needs_triton
+def test_a_triton_that_is_too_old_is_named() -> None:
+    error, imported = ask("triton", interpret=True, before="import triton; triton.__version__ = '3.5.1'")
+    assert "Triton 3.5.1 is too old for the Triton kernels: pip install 'triton>=3.6'" in error and imported == "not imported"
 
 
 def test_without_triton_the_reason_is_kept() -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed (pip install triton: Linux)")
+pytest.importorskip("triton", "3.6", reason="triton is not installed (pip install triton: Linux)")
 
 import fastmaml.nn as nets
 from fastmaml.executors.triton.fused import Fused

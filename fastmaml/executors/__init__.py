@@ -24,6 +24,7 @@ Executor = CpuExecutor | CudaExecutor | MixedExecutor | TorchExecutor
 BACKENDS = ("auto", "cpu", "cuda", "triton", "torch", "autograd")
 NATIVE = {"cpu": CpuExecutor, "cuda": CudaExecutor}
 CLASSES = {**NATIVE, "torch": TorchExecutor, "autograd": AutogradExecutor}
+OLDEST_TRITON = (3, 6)
 SMALL = 2**20  # bytes of a task's weights, their gradients and directions, that the one thread block of a task is to walk at every step
 
 
@@ -69,6 +70,10 @@ def why_not(backend: str, plan: Plan, dtype: DType, device: Device) -> str | Non
 def triton_executor() -> tuple[Any, str]:
     """(TritonExecutor, "") or (None, why it could not be imported). Imported when first asked for: importing Triton takes a while."""
     try:
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+            return None, f"Triton {triton.__version__} is too old for the Triton kernels: pip install 'triton>={'.'.join(map(str, OLDEST_TRITON))}'"
         from fastmaml.executors.triton.executor import TritonExecutor
     except Exception as error:  # an installation may be broken in many ways
         return None, f"the Triton kernels could not be imported: {type(error).__name__}: {error}"
