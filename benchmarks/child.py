@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import cuda_graph
 from benchmarks.libraries import LIBRARIES
-from benchmarks.peers import OURS, PEERS, Peer, Step, maml_of, plain_loop
+from benchmarks.peers import LOWER, OURS, PEERS, Peer, Step, maml_of, plain_loop
 from benchmarks.worker import status
 from benchmarks.workloads import Tasks, Workload, find
 from fastmaml.batch import TaskBatch
@@ -170,7 +170,7 @@ class Child:
 def peer_called(name: str) -> Peer:
     """By name; ``module:attribute`` is one of the user's own."""
     known = {**OURS, **PEERS, **LIBRARIES}
-    known |= {p.name: p for p in map(cuda_graph.graphed, known.values())}
+    known |= {p.name: p for p in map(cuda_graph.graphed, known.values())} | LOWER
     if name not in known and ":" in name:
         module, attribute = name.split(":", 1)
         return getattr(importlib.import_module(module), attribute)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,14 @@ class Peer:
     make      (model, workload) -> its meta-iteration
     absent    why it cannot run a workload here, or None: a library that is not installed, a layer that it does not know
     compiles  compiles for one shape of the batch: it is held against float64 on whole batches, and its first call has a column of its own
+    lower     (what it computes in, the error that this allows) where that is less than float32
     """
 
     name: str
     make: Callable[[nn.Module, Workload], Step]
     absent: Callable[[Workload], str | None] = lambda w: None
     compiles: bool = False
+    lower: tuple[str, float] | None = None
 
 
 def loss_of(w: Workload) -> Callable[[Tensor, Tensor], Tensor]:
@@ -181,16 +184,18 @@ def prepare_norms(model: nn.Module, w: Workload) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- fastmaml
-def maml_of(w: Workload, model: nn.Module | None = None, **options: object) -> fastmaml.MAML:
+def maml_of(w: Workload, model: nn.Module | None = None, precision: str = "highest", **options: object) -> fastmaml.MAML:
+    """In float32 throughout, as its peers: speeds are compared at one precision."""
     model = w.model() if model is None else model
     order = {"first_order": True} if w.first_order else {}
     return fastmaml.MAML(
-        model, inner_lr=w.inner_lr, inner_steps=w.inner_steps, loss=w.loss, reduction=w.reduction, adapt=list(w.adapt), batchnorm="batch", **order, **options
-    )
+        model, inner_lr=w.inner_lr, inner_steps=w.inner_steps, loss=w.loss, reduction=w.reduction, adapt=list(w.adapt), batchnorm="batch",
+        precision=precision, **order, **options
+    )  # fmt: skip
 
 
-def fastmaml_meta_grad(model: nn.Module, w: Workload) -> Step:
-    maml = maml_of(w, model)
+def fastmaml_meta_grad(model: nn.Module, w: Workload, precision: str = "highest") -> Step:
+    maml = maml_of(w, model, precision)
     return lambda tasks: maml.meta_grad(tasks).loss
 
 
@@ -215,6 +220,14 @@ def _needs_images(w: Workload) -> str | None:
 
 META_GRAD, BACKWARD, PLAIN = "fastmaml meta_grad", "fastmaml backward()", "plain loop"
 OURS = {p.name: p for p in (Peer(META_GRAD, fastmaml_meta_grad), Peer(BACKWARD, fastmaml_backward))}
+LOWER = {  # of a GPU, held to their own bounds: fastmaml's default, and less
+    p.name: p
+    for p in (
+        Peer(f"{META_GRAD}, high", partial(fastmaml_meta_grad, precision="high"), lower=("float32, HVP products in TF32", 5e-3)),
+        Peer(f"{META_GRAD}, medium", partial(fastmaml_meta_grad, precision="medium"), lower=("HVP products in bfloat16, others in three of it", 3e-2)),
+    )
+}
+MINE = {**OURS, **LOWER}
 PEERS = {
     p.name: p
     for p in (

@@ -9,11 +9,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.peers import META_GRAD, OURS, PLAIN
+from benchmarks.peers import META_GRAD, MINE, PLAIN
 from fastmaml.files import whole_file
 
 OURS_COLOUR, PLAIN_COLOUR = "#1f6feb", "#9a9a9a"
-PALETTE = ("#9a9a9a", "#c7c7c7", "#d98b3f", "#8c6bb1", "#5aa469", "#b35c5c", "#4f8fa8", "#c9a227", "#7f7f3f", "#a05195", "#66a182", "#d45087")
+PALETTE = ("#9a9a9a", "#c7c7c7", "#d98b3f", "#8c6bb1", "#5aa469", "#b35c5c", "#4f8fa8", "#c9a227", "#7f7f3f", "#a05195", "#2f4b7c", "#d45087")
 _OF = {
     "speed": [("speed-up by workload", "speed.png"), ("measured against floor", "floor.png")],
     "sweeps": [("time against what grows", "sweeps.png")],
@@ -44,7 +44,7 @@ def _workloads(rows: list[dict]) -> list[str]:
 
 def _speed(rows: list[dict]) -> Figure:
     """Bars: time of each peer over that of meta_grad; whiskers p20 .. p80 of the ratio round by round."""
-    names, peers = _workloads(rows), list(dict.fromkeys(r["peer"] for r in rows if r["peer"] not in OURS and "ratio" in r))
+    names, peers = _workloads(rows), list(dict.fromkeys(r["peer"] for r in rows if r["peer"] not in MINE and "ratio" in r))
     groups = {name: [r for r in rows if r["workload"] == name and r["peer"] in peers and "ratio" in r] for name in names}
     figure = Figure(figsize=(9, 0.6 + 0.24 * sum(len(g) + 1 for g in groups.values())))
     axes, y, ticks = figure.subplots(), 0.0, []

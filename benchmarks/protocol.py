@@ -1,7 +1,7 @@
 """How a workload is measured: agreement first, then times in turns, each way of computing in a process of its own.
 
 1. The plain loop in float64 gives the meta-gradients of single tasks; the error of a peer is the median over them. A peer whose error is more than LIMIT
-   times that of the plain loop in float32 is reported with it, and without a speed.
+   times that of the plain loop in float32, or more than its lower precision allows, is reported with it, and without a speed.
 2. The others take turns, A B C A B C: in each round every one calls for TURN seconds, and the quotient of two turns of one round is one ratio. Slow ones
    have spent their budget after a few rounds and drop out.
 3. The whole iteration (tasks drawn, meta-gradient, Adam) and the peak memory come last.
@@ -59,6 +59,8 @@ def measure(w: Workload, peers: Iterable[Peer], settings: Settings, tell: Callab
     """One row for each peer, ours first. ``tell`` hears what is being done."""
     peers = [*OURS.values(), *peers]
     rows = {p.name: {"workload": w.name, "peer": p.name, "order": 1 if w.first_order else 2} for p in peers}
+    for p in (p for p in peers if p.lower):
+        rows[p.name]["precision"], rows[p.name]["allowed"] = p.lower
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         truth = str(Path(folder) / "truth.npy")
         workers = {p.name: stack.enter_context(settings.worker()) for p in peers if not _is_absent(p, w, rows[p.name])}  # they import torch meanwhile
@@ -100,11 +102,11 @@ def _enters(worker: Worker, peer: Peer, w: Workload, truth: str, row: dict) -> b
 def _judge(rows: dict[str, dict], workers: dict[str, Worker]) -> None:
     plain = rows[PLAIN].get("error") if PLAIN in rows else None
     for name in list(workers):
-        error = rows[name]["error"]
+        error, allowed = rows[name]["error"], rows[name].get("allowed")
         if plain is None:
             why = "the plain loop gave no error to judge it by"
-        elif not error <= LIMIT * max(plain, ROUNDING):
-            why = f"its error {error:.1e} is over {LIMIT:g} times the plain loop's {plain:.1e}"
+        elif not error <= (allowed or LIMIT * max(plain, ROUNDING)):
+            why = f"its error {error:.1e} is over " + (f"what its precision allows, {allowed:g}" if allowed else f"{LIMIT:g} times the plain loop's {plain:.1e}")
         else:
             continue
         rows[name]["reason"] = f"no speed, for {why}"

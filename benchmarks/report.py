@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import pictures
-from benchmarks.peers import BACKWARD, META_GRAD, OURS, PLAIN
+from benchmarks.peers import BACKWARD, META_GRAD, MINE, PLAIN
 from benchmarks.sweeps import RESIDUAL
 from benchmarks.worker import ROOT
 from benchmarks.workloads import find
@@ -33,7 +33,7 @@ def peer(rows: Rows, name: str) -> dict:
 
 def others(rows: Rows) -> Rows:
     """Measured peers, without our own rows."""
-    return [r for r in rows if r["peer"] not in OURS and "ratio" in r]
+    return [r for r in rows if r["peer"] not in MINE and "ratio" in r]
 
 
 def duration(ms: float | None) -> str:
@@ -65,7 +65,7 @@ def speed_lines(rows: Rows) -> tuple[str, list[str], list[list[str]]]:
             f"{r['ratio_p20']:.3g} .. {r['ratio_p80']:.3g}" if "ratio" in r else "",
             duration(r.get("iteration_ms")),
             f"{r['above_mb']:.1f}" if "above_mb" in r else "",
-            r.get("reason", ""),
+            r.get("reason") or (r["precision"] if "allowed" in r else ""),
         ])  # fmt: skip
     return title, head, cells
 

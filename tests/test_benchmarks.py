@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from benchmarks import pictures, protocol, run, sweeps
 from benchmarks.child import gradient, single_tasks
 from benchmarks.cuda_graph import graphed
 from benchmarks.libraries import LIBRARIES
-from benchmarks.peers import META_GRAD, OURS, PEERS, PLAIN, Peer, maml_of, plain_loop
+from benchmarks.peers import LOWER, META_GRAD, OURS, PEERS, PLAIN, Peer, maml_of, plain_loop
 from benchmarks.worker import Failed, Worker
 from benchmarks.workloads import DEFAULT, WORKLOADS, Workload, find
 
@@ -183,11 +184,13 @@ def mine(tmp_path: Path, monkeypatch):
 @pytest.mark.slow
 def test_a_wrong_gradient_gets_no_speed(mine) -> None:
     settings = protocol.Settings(threads=1, budget=0, agreement=5)
-    rows = {r["peer"]: r for r in protocol.measure(SINUSOID.varied(tasks=3), [PEERS[PLAIN], mine("broken")], settings)}
+    medium = LOWER[f"{META_GRAD}, medium"]
+    rows = {r["peer"]: r for r in protocol.measure(SINUSOID.varied(tasks=3), [medium, PEERS[PLAIN], mine("broken")], settings)}
     row = rows["own_peers:broken"]
     assert 5e-4 < row["error"] < 2e-3 and row["reason"].startswith("no speed, for its error 1.0e-03 is over 3 times the plain loop's")
     assert not {"median_ms", "ratio", "iteration_ms"} & set(row)
-    for name in (*OURS, PLAIN):
+    assert (rows[medium.name]["precision"], rows[medium.name]["allowed"]) == medium.lower and not any("precision" in r for name, r in rows.items() if name != medium.name)
+    for name in (*OURS, medium.name, PLAIN):
         assert rows[name]["median_ms"] > 0 and rows[name]["error"] < 1e-6 and "reason" not in rows[name]
     assert rows[META_GRAD]["ratio"] == 1 and rows[META_GRAD]["gflop"] > 0 and rows[META_GRAD]["decisions"] > 0
 
@@ -253,6 +256,21 @@ def test_nobody_is_measured_without_a_judge() -> None:
     other = workers["other"]
     protocol._judge(rows, workers)
     assert not workers and other.closed and rows["other"]["reason"] == "no speed, for the plain loop gave no error to judge it by"
+
+
+def test_lower_precisions_have_bounds_of_their_own() -> None:
+    """They are measured on a GPU alone; the rows that are compared with peers are in float32."""
+    high, medium = LOWER
+    rows = {high: {"error": 4e-3, "allowed": 5e-3}, medium: {"error": 4e-2, "allowed": 3e-2}, META_GRAD: {"error": 4e-3}, PLAIN: {"error": 1e-6}}
+    workers = {name: Answers(False) for name in rows}
+    protocol._judge(rows, workers)
+    assert list(workers) == [high, PLAIN]
+    assert rows[medium]["reason"] == "no speed, for its error 4.0e-02 is over what its precision allows, 0.03"
+    assert rows[META_GRAD]["reason"] == "no speed, for its error 4.0e-03 is over 3 times the plain loop's 1.0e-06"
+    assert maml_of(SINUSOID).precision == "highest"
+    args = Namespace(device="cuda", peers=None, quick=False, complete=True, own=[])
+    on_gpu, on_cpu = ({p.name for p in run.peers_of(args, SINUSOID)} for args.device in ("cuda", "cpu"))
+    assert on_gpu - on_cpu == {*LOWER, *(f"{name} in a CUDA graph" for name in on_cpu)}
 
 
 def test_straight_line() -> None:
