@@ -123,6 +123,11 @@ class Child:
 
         return self._timed(iteration, seconds)
 
+    def replay(self, key: str) -> dict[str, float]:
+        """Milliseconds of the graph alone, of a step that is one."""
+        _, step, tasks, _ = self.made[key]
+        return {"replay_ms": step.replay_ms(tasks)} if isinstance(step, cuda_graph.Replayed) else {}
+
     def peak(self) -> dict[str, float]:
         """MB since ``make``: above import and data, of that pages of files (code that ran for the first time), and in all. On a GPU of torch's allocator."""
         if self.on_gpu:
@@ -169,8 +174,8 @@ class Child:
 
 def peer_called(name: str) -> Peer:
     """By name; ``module:attribute`` is one of the user's own."""
-    known = {**OURS, **PEERS, **LIBRARIES}
-    known |= {p.name: p for p in map(cuda_graph.graphed, known.values())} | LOWER
+    known = {**OURS, **LOWER, **PEERS, **LIBRARIES}
+    known |= {p.name: p for p in map(cuda_graph.graphed, known.values())}
     if name not in known and ":" in name:
         module, attribute = name.split(":", 1)
         return getattr(importlib.import_module(module), attribute)

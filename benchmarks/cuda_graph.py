@@ -21,7 +21,7 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     tasks: Tasks
     loss: Tensor
-    gradients: list[Tensor]
+    gradients: list[Tensor | None]
     kept: object = None
 
 
@@ -41,8 +41,22 @@ class Replayed:
             to.copy_(v)
         found.graph.replay()
         for p, g in zip(self.parameters, found.gradients, strict=True):
-            p.grad = g.clone() if p.grad is None else p.grad.add_(g)
+            if g is not None:
+                p.grad = g.clone() if p.grad is None else p.grad.add_(g)
         return found.loss.clone()
+
+    def replay_ms(self, tasks: Tasks, count: int = 100) -> float:
+        """Of one replay, among ``count`` that follow one another, with the tasks on the device: what is left when nothing is launched from Python."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self(tasks)
+        graph = self.captured[tuple(v.shape for v in tasks)].graph
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(count):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / count
 
     def _capture(self, tasks: Tasks) -> Captured:
         own = [p.grad for p in self.parameters]
@@ -52,19 +66,20 @@ class Replayed:
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):
-                    self._from_zero(still)
+                    self._afresh(still)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                loss = self._from_zero(still)
+                loss = self._afresh(still)
             return Captured(graph, still, loss, [p.grad for p in self.parameters], self.step)
         finally:
             for p, g in zip(self.parameters, own, strict=True):
                 p.grad = g
 
-    def _from_zero(self, tasks: Tasks) -> Tensor:
+    def _afresh(self, tasks: Tasks) -> Tensor:
+        """Without gradients to add to: those that a graph makes are its own, and each replay writes them anew."""
         for p in self.parameters:
-            p.grad = torch.zeros_like(p)
+            p.grad = None
         return self.step(tasks).detach()
 
 
@@ -74,4 +89,4 @@ def graphed(peer: Peer) -> Peer:
     def make(model: nn.Module, w: Workload) -> Step:
         return Replayed(model, peer.make(model, w))
 
-    return Peer(NAME.format(peer.name), make, peer.absent, compiles=True)
+    return Peer(NAME.format(peer.name), make, peer.absent, True, peer.lower)

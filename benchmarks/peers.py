@@ -210,6 +210,11 @@ def fastmaml_backward(model: nn.Module, w: Workload) -> Step:
     return step
 
 
+def is_mine(name: str) -> bool:
+    """Whether a row is fastmaml's, in whatever precision, in a graph or not."""
+    return name.startswith("fastmaml ")
+
+
 def has_convolutions(w: Workload) -> bool:
     return any(p.dim() == 4 for p in w.model().parameters())
 
@@ -227,7 +232,6 @@ LOWER = {  # of a GPU, held to their own bounds: fastmaml's default, and less
         Peer(f"{META_GRAD}, medium", partial(fastmaml_meta_grad, precision="medium"), lower=("HVP products in bfloat16, others in three of it", 3e-2)),
     )
 }
-MINE = {**OURS, **LOWER}
 PEERS = {
     p.name: p
     for p in (

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.peers import META_GRAD, MINE, PLAIN
+from benchmarks.peers import META_GRAD, PLAIN, is_mine
 from fastmaml.files import whole_file
 
 OURS_COLOUR, PLAIN_COLOUR = "#1f6feb", "#9a9a9a"
@@ -44,7 +44,7 @@ def _workloads(rows: list[dict]) -> list[str]:
 
 def _speed(rows: list[dict]) -> Figure:
     """Bars: time of each peer over that of meta_grad; whiskers p20 .. p80 of the ratio round by round."""
-    names, peers = _workloads(rows), list(dict.fromkeys(r["peer"] for r in rows if r["peer"] not in MINE and "ratio" in r))
+    names, peers = _workloads(rows), list(dict.fromkeys(r["peer"] for r in rows if not is_mine(r["peer"]) and "ratio" in r))
     groups = {name: [r for r in rows if r["workload"] == name and r["peer"] in peers and "ratio" in r] for name in names}
     figure = Figure(figsize=(9, 0.6 + 0.24 * sum(len(g) + 1 for g in groups.values())))
     axes, y, ticks = figure.subplots(), 0.0, []

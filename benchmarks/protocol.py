@@ -149,7 +149,7 @@ def _finish(workers: dict[str, Worker], rows: dict[str, dict], settings: Setting
     for name, worker in workers.items():
         tell(f"whole iterations of {name}")
         try:
-            rows[name] |= worker.ask("peak")
+            rows[name] |= worker.ask("peak") | worker.ask("replay", rows[name]["workload"])
             if rows[name]["median_ms"] > LONG and name not in OURS:
                 continue
             calls = worker.ask("iterations", rows[name]["workload"], settings.budget / 10)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import pictures
-from benchmarks.peers import BACKWARD, META_GRAD, MINE, PLAIN
+from benchmarks.peers import BACKWARD, META_GRAD, PLAIN, is_mine
 from benchmarks.sweeps import RESIDUAL
 from benchmarks.worker import ROOT
 from benchmarks.workloads import find
@@ -33,7 +33,7 @@ def peer(rows: Rows, name: str) -> dict:
 
 def others(rows: Rows) -> Rows:
     """Measured peers, without our own rows."""
-    return [r for r in rows if r["peer"] not in MINE and "ratio" in r]
+    return [r for r in rows if not is_mine(r["peer"]) and "ratio" in r]
 
 
 def duration(ms: float | None) -> str:
@@ -51,6 +51,7 @@ def speed_lines(rows: Rows) -> tuple[str, list[str], list[list[str]]]:
         title += f": {ours['gflop']:.3g} GFLOP as planned, {ours['gflop'] / ours['median_ms'] * 1e3:.0f} a second; "
         title += f"{ours['flips']} of {ours['decisions']:,} decisions differ from float64's, with these replayed the error is {ours['equal_error']:.0e}"
     head = ["", "error", "first call", "median", "p20 .. p80", "calls", "ratio", "p20 .. p80", "whole iteration", "peak MB", ""]
+    replayed = ["graph alone"] if any("replay_ms" in r for r in rows) else []
     cells = []
     for r in rows:
         has = "median_ms" in r
@@ -65,9 +66,10 @@ def speed_lines(rows: Rows) -> tuple[str, list[str], list[list[str]]]:
             f"{r['ratio_p20']:.3g} .. {r['ratio_p80']:.3g}" if "ratio" in r else "",
             duration(r.get("iteration_ms")),
             f"{r['above_mb']:.1f}" if "above_mb" in r else "",
+            *(duration(r.get("replay_ms")) for _ in replayed),
             r.get("reason") or (r["precision"] if "allowed" in r else ""),
         ])  # fmt: skip
-    return title, head, cells
+    return title, [*head[:-1], *replayed, head[-1]], cells
 
 
 def sweep_lines(rows: Rows) -> tuple[str, list[str], list[list[str]]]:

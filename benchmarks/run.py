@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks import report, sweeps
 from benchmarks.cuda_graph import graphed
 from benchmarks.libraries import LIBRARIES
-from benchmarks.peers import LOWER, PEERS, PLAIN, Peer, has_convolutions
+from benchmarks.peers import LOWER, META_GRAD, OURS, PEERS, PLAIN, Peer, has_convolutions
 from benchmarks.protocol import Settings, folder_of, machine, measure
 from benchmarks.workloads import DEFAULT, WORKLOADS, Workload
 from fastmaml.files import whole_file
@@ -110,10 +110,11 @@ def chosen(args: argparse.Namespace) -> list[Workload]:
 
 
 def peers_of(args: argparse.Namespace, w: Workload) -> list[Peer]:
-    """The plain loop always: the others are held against it. On a GPU each also in a CUDA graph, and fastmaml in its lower precisions."""
+    """The plain loop always: the others are held against it. On a GPU also fastmaml in its lower precisions, and each in a CUDA graph."""
     known = {**PEERS, **LIBRARIES}
     if args.device != "cpu":
-        known = {**LOWER, **known, **{p.name: p for p in map(graphed, known.values())}}
+        known = {**LOWER, **known}
+        known |= {p.name: p for p in map(graphed, (OURS[META_GRAD], *known.values()))}
     if args.peers:
         known = {n: p for n, p in known.items() if n == PLAIN or any(text in n for text in args.peers)}
     elif args.quick or (w.first_order and not args.complete):

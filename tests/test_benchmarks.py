@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from benchmarks import pictures, protocol, run, sweeps
 from benchmarks.child import gradient, single_tasks
 from benchmarks.cuda_graph import graphed
 from benchmarks.libraries import LIBRARIES
-from benchmarks.peers import LOWER, META_GRAD, OURS, PEERS, PLAIN, Peer, maml_of, plain_loop
+from benchmarks.peers import LOWER, META_GRAD, OURS, PEERS, PLAIN, Peer, is_mine, maml_of, plain_loop
 from benchmarks.worker import Failed, Worker
 from benchmarks.workloads import DEFAULT, WORKLOADS, Workload, find
 
@@ -135,6 +137,28 @@ def test_a_captured_peer_gives_the_same_gradient(name: str) -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1.1)
+
+
+def test_what_a_captured_peer_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: a graph that was just captured has in its gradients what the capture left there."""
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda: SimpleNamespace(wait_stream=lambda other: None, replay=lambda: None))
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    w = SINUSOID.varied(tasks=3)
+    for peer in (PEERS[PLAIN], OURS[META_GRAD]):
+        torch.manual_seed(0)
+        model = w.model()
+        tasks = w.sample(1)
+        loss = peer.make(model, w)(tasks)
+        want = gradient(model)
+        model.zero_grad()
+        captured = graphed(peer).make(model, w)
+        own = next(model.parameters()).grad = torch.zeros_like(next(model.parameters()))
+        assert torch.equal(captured(tasks), loss) and torch.equal(gradient(model), want)
+        captured(tasks)  # adds
+        assert next(model.parameters()).grad is own
+        torch.testing.assert_close(gradient(model), 2 * want)
 
 
 def test_a_device_that_is_not_there_is_an_error() -> None:
@@ -270,7 +294,9 @@ def test_lower_precisions_have_bounds_of_their_own() -> None:
     assert maml_of(SINUSOID).precision == "highest"
     args = Namespace(device="cuda", peers=None, quick=False, complete=True, own=[])
     on_gpu, on_cpu = ({p.name for p in run.peers_of(args, SINUSOID)} for args.device in ("cuda", "cpu"))
-    assert on_gpu - on_cpu == {*LOWER, *(f"{name} in a CUDA graph" for name in on_cpu)}
+    assert on_gpu - on_cpu == {*LOWER, *(f"{name} in a CUDA graph" for name in (META_GRAD, *LOWER, *on_cpu))}
+    assert all(is_mine(name) for name in (*OURS, *LOWER, f"{high} in a CUDA graph")) and not any(map(is_mine, on_cpu))
+    assert graphed(LOWER[high]).lower == LOWER[high].lower
 
 
 def test_straight_line() -> None:
