@@ -6,7 +6,7 @@ Caches are keyed by everything a Plan depends on. When the model is edited, all 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +31,7 @@ from fastmaml.watch import ModelView
 
 TASK_RATE = "rate."  # the rate of an adapted leaf <name> that each task has for itself is called rate.<name>
 PLANS = 32  # kept per object; the oldest goes first
+NUMBERS = 64  # kept per Plan: the weights of a multi-step loss are others in each epoch
 PACKAGE, TORCH = (str(Path(file).parent) for file in (__file__, torch.__file__))
 
 
@@ -80,6 +81,16 @@ class Runner:
         self.buffers = [name for name in read if name not in view.parameters]
         found = [(name, name.removeprefix("grad.")) for name in self.plan.results if name.startswith("grad.")]
         self.gradients = [(key, name) for key, name in found if name not in self.own]
+        self._numbers: dict[tuple[str, tuple[float, ...]], Tensor] = {}
+
+    def number(self, name: str, values: Sequence[float]) -> Tensor:
+        """Numbers of a call as a tensor beside the parameters: kept, as nothing can be copied to a GPU while a graph is captured."""
+        key = (name, tuple(values))
+        if key not in self._numbers:
+            if len(self._numbers) >= NUMBERS:
+                self._numbers.clear()
+            self._numbers[key] = torch.tensor(values, dtype=self.view.like.dtype, device=self.view.like.device)
+        return self._numbers[key]
 
     def leaf_values(self, given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """Of one call: the model's own, or ``given`` in their place."""

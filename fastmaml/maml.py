@@ -287,7 +287,7 @@ class MAML(Trained):
         like, numbers = runner.view.like, spec.optimizer.numbers(spec.steps)
         if step_weights is not None:
             numbers = {**numbers, "step_weights": step_weights}
-        out = {name: torch.tensor(values, dtype=like.dtype, device=like.device) for name, values in numbers.items()}
+        out = {name: runner.number(name, values) for name, values in numbers.items()}
         if self.class_weight is not None:
             options.check_class_weight(self.class_weight, runner.output)
             out[CLASS_WEIGHT] = self.class_weight.to(like)

@@ -129,6 +129,52 @@ def test_what_users_call() -> None:
         fastmaml.MAML(net().double(), backend="triton").plan(batch.to(torch.float64))
 
 
+@pytest.mark.parametrize("entry", ["train", "halves"])
+def test_a_captured_call_keeps_its_memory(entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call lays out while a graph is captured is the graph's: it was there before, with its tables filled, and nobody else gets it."""
+    case = on_device(small("linear", "learned-rate", 1))
+    executor, call = TritonExecutor(case.plan(entry=entry)), case.call(torch.float32)
+    plain = executor.forward(call)
+    found = plain.values["logits"].clone()
+    del plain
+    (kept,) = (w for idle in executor._idle.values() for w in idle)
+    with monkeypatch.context() as m:
+        m.setattr("fastmaml.executors.triton.executor.capturing", lambda device: True)
+        monkeypatch.setattr(kept.storage.table, "copy_", None)  # nothing comes from the host
+        with pytest.raises(RuntimeError, match="laid out for tasks of these sizes and weights: call it once before each capture"):
+            executor.forward(dataclasses.replace(call, task_weights=torch.tensor([0.5, 0.7])))
+        captured = executor.forward(call)
+        assert torch.equal(captured.values["logits"], found) and captured._known is True
+        if entry == "halves":
+            executor.reverse(captured.state, {"dlogits": torch.ones_like(found)})
+        with pytest.raises(RuntimeError, match="call it once before each capture"):
+            executor.forward(call)
+        del captured
+    assert executor._captured == [kept] and not any(executor._idle.values())
+    executor.forward(call)
+    assert kept not in [w for idle in executor._idle.values() for w in idle]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_captured_graph_follows_its_inputs(kind: str) -> None:
+    case = on_device(small(kind, "plain", 2))
+    executor, call = TritonExecutor(case.plan(), "highest"), case.call(torch.float32)
+    executor.forward(call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = executor.forward(call)
+    for v in call.leaves.values():
+        v.add_(0.01)
+    for _ in range(2):
+        executor.forward(dataclasses.replace(call, leaves={name: torch.zeros_like(v) for name, v in call.leaves.items()}))  # in memory of its own
+        graph.replay()
+    direct = executor.forward(call)
+    for name, value in direct.values.items():
+        assert torch.equal(captured.values[name], value), name
+
+
 def test_out_of_memory_names_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     case = on_device(small("linear", "plain", 0))
     executor = TritonExecutor(case.plan())

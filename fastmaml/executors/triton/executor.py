@@ -3,7 +3,7 @@
 Instructions that follow one another are fused where a kernel can end in the next (triton/fusion.py). For each bucket of batches (tasks, most rows) the Plan is
 then lowered once to a list of launches on static buffers. The second batch of a bucket captures the list as a
 CUDA graph, which later ones replay: a call copies its tensors, rates and weights in, and copies of the results out. Workspaces are kept and reused, one for each
-caller and stream at a time. On CPU tensors the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is how they are tested without a GPU.
+caller and stream at a time; one that goes into a graph that the caller captures stays there. On CPU tensors the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is how they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ class Workspace:
         self._task_weights: Any = None
         self.storage.one.copy_(torch.tensor([0, 1], dtype=torch.int32))
 
-    def describe(self, batch: TaskBatch) -> None:
-        """Fills the tables of rows and ways."""
-        sizes = (batch.support_sizes, batch.query_sizes, None if batch.ways is None else tuple(batch.ways.tolist()))
+    def describe(self, call: Call) -> None:
+        """Fills the tables of rows, ways and weights of the tasks."""
+        batch, sizes, weights = call.batch, *_described(call)
+        if weights != self._task_weights:
+            self.storage.task_weights.copy_(torch.tensor(weights, dtype=torch.float32))
+            self._task_weights = weights
         if sizes == self._sizes:
             return
         support, query = batch.support_offsets, batch.query_offsets
@@ -57,11 +60,9 @@ class Workspace:
         self.storage.table.copy_(torch.cat([*offsets.values(), *joined, torch.tensor([0, 1]), ways]).to(torch.int32))
         self._sizes = sizes
 
-    def weigh(self, call: Call) -> None:
-        weights = [call.task_weight(t) for t in range(len(call.batch))]
-        if weights != self._task_weights:
-            self.storage.task_weights.copy_(torch.tensor(weights, dtype=torch.float32))
-            self._task_weights = weights
+    def is_for(self, call: Call) -> bool:
+        """Whether its tables are those of a call already."""
+        return (self._sizes, self._task_weights) == _described(call)
 
     def run(self, half: int) -> None:
         """First launch by launch (which compiles the kernels), later as a graph."""
@@ -102,6 +103,7 @@ class TritonExecutor:
     def __init__(self, plan: Plan, precision: str = "high") -> None:
         self.plan, self.fused, self.precision = plan, fuse(plan), precision
         self._idle: OrderedDict[Any, list[Workspace]] = OrderedDict()
+        self._captured: list[Workspace] = []  # what the graphs of others point to: nobody else gets these
         KEEPERS.add(self)
 
     @staticmethod
@@ -129,9 +131,8 @@ class TritonExecutor:
     def forward(self, call: Call) -> Results:
         batch, device = call.batch, call.batch.device
         with _on(device):
-            key, workspace = self._take(batch, device)
-            workspace.describe(batch)
-            workspace.weigh(call)
+            key, workspace = self._take(call, device)
+            workspace.describe(call)
             stored = zip(_DATA, (batch.support_x, batch.support_y, batch.query_x, batch.query_y), strict=True)
             given = {**call.weights, **call.rates, **call.leaves, **dict(stored)}
             for name in self.plan.inputs:
@@ -183,8 +184,10 @@ class TritonExecutor:
         return [s + q for s, q in zip(*sizes.values(), strict=True)] if extent == "joint" else list(sizes.get(extent, ()))
 
     # ------------------------------------------------------------------------------------------------------- workspaces
-    def _take(self, batch: TaskBatch, device: torch.device) -> tuple[Any, Workspace]:
-        bucket = Bucket.of(batch.support_sizes, batch.query_sizes)
+    def _take(self, call: Call, device: torch.device) -> tuple[Any, Workspace]:
+        batch, bucket = call.batch, Bucket.of(call.batch.support_sizes, call.batch.query_sizes)
+        if capturing(device):
+            return None, self._take_for_good(call, bucket, device)
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = (bucket, device, stream)
         idle = self._idle.setdefault(key, [])
@@ -195,16 +198,35 @@ class TritonExecutor:
             pass
         return key, with_room(lambda: Workspace(self.fused, bucket, device, self.precision), len(batch), device, lambda: self.memory(batch))
 
+    def _take_for_good(self, call: Call, bucket: Bucket, device: torch.device) -> Workspace:
+        """For a graph that the caller captures: one that is laid out, with tables filled, as nothing can be copied from the host meanwhile."""
+        for (of, on, _), idle in self._idle.items():
+            found = next((w for w in idle if w.is_for(call)), None) if (of, on) == (bucket, device) else None
+            if found is not None:
+                idle.remove(found)
+                self._captured.append(found)
+                return found
+        raise RuntimeError("the triton executor has no memory laid out for tasks of these sizes and weights: call it once before each capture of a graph")
+
     def let_go(self) -> None:
         """Of the workspaces that nobody uses."""
         for idle in list(self._idle.values()):
             idle.clear()
 
     def _give_back(self, key: Any, workspace: Workspace) -> None:
+        if key is None:
+            return
         self._idle.setdefault(key, []).append(workspace)
         while sum(map(len, self._idle.values())) > WORKSPACES:
             oldest = next((k for k, kept in self._idle.items() if kept), key)
             del self._idle[oldest]
+
+
+def _described(call: Call) -> tuple[Any, list[float]]:
+    """Sizes and ways, and weights, of the tasks of a call."""
+    batch = call.batch
+    sizes = (batch.support_sizes, batch.query_sizes, None if batch.ways is None else tuple(batch.ways.tolist()))
+    return sizes, [call.task_weight(t) for t in range(len(batch))]
 
 
 def _on(device: torch.device) -> Any:
