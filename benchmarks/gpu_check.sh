@@ -92,14 +92,20 @@ bench() {
     "$PYTHON" -m benchmarks.run --device "$device" --parts speed --budget 1 --agreement 8 --time-limit 40 --threads "$(nproc)" --out "$OUT"
 }
 
+report() { "$PYTHON" -m benchmarks.report "$OUT/results.json"; }
+
 export PYTHON OUT TESTS
 export OMP_WAIT_POLICY=passive  # the threads of many processes share the cores
-export -f machine build run_tests sanitizer bench
+export -f machine build run_tests sanitizer bench report
 
 echo "results: $OUT"
 step machine 60 machine
 if step build 240 build; then
     step tests 420 run_tests
+    step bench 210 bench
+    if [ -f "$OUT/results.json" ] && [ ! -f "$OUT/report.md" ]; then # of what was measured before the limit
+        step report 60 report && rm "$OUT/report.log"
+    fi
     if ! "$PYTHON" -c 'import fastmaml._cuda' 2>/dev/null; then
         note sanitizer "not run: there is no fastmaml._cuda" -
     elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -109,7 +115,6 @@ if step build 240 build; then
     else
         step sanitizer 180 sanitizer
     fi
-    step bench 210 bench
     rm "$OUT/build.log"
 fi
 { echo && cat "$OUT/machine.log"; } >>"$table" && rm "$OUT/machine.log"
