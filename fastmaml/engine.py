@@ -21,6 +21,7 @@ from fastmaml.batch import TaskBatch
 from fastmaml.executors import Executor, choose
 from fastmaml.executors.autograd.opaque import opaque_program, turn
 from fastmaml.executors.call import Results
+from fastmaml.executors.device import keep_for_graph
 from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.parameterisation import Rewritten, rewritten
 from fastmaml.plan import Arrangement, Plan, Rate, build_plan
@@ -89,8 +90,11 @@ class Runner:
         if key not in self._numbers:
             if len(self._numbers) >= NUMBERS:
                 self._numbers.clear()
-            self._numbers[key] = torch.tensor(values, dtype=self.view.like.dtype, device=self.view.like.device)
-        return self._numbers[key]
+            with torch.inference_mode(False):
+                self._numbers[key] = torch.tensor(values, dtype=self.view.like.dtype, device=self.view.like.device)
+        found = self._numbers[key]
+        keep_for_graph(found.device, found)
+        return found
 
     def leaf_values(self, given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """Of one call: the model's own, or ``given`` in their place."""

@@ -290,7 +290,9 @@ class MAML(Trained):
         out = {name: runner.number(name, values) for name, values in numbers.items()}
         if self.class_weight is not None:
             options.check_class_weight(self.class_weight, runner.output)
-            out[CLASS_WEIGHT] = self.class_weight.to(like)
+            with torch.inference_mode(False):
+                self.class_weight = self.class_weight.to(like)  # moved once
+            out[CLASS_WEIGHT] = self.class_weight
         return out
 
     def _sinks(self, runner: Runner) -> dict[str, Tensor]:

@@ -159,7 +159,8 @@ def check_inputs(batch: TaskBatch, like: Tensor, tokens: bool) -> None:
 
 
 def check_targets(batch: TaskBatch, loss: Loss, output: tuple[int, ...], outer: bool) -> None:
-    """Targets against loss and model; ``outer``: the query's are not ours. Reads labels once per batch object and model size."""
+    """Targets against loss and model; ``outer``: the query's are not ours. Reads labels once per batch object and model size, but not while a graph is captured:
+    the call before it has read them."""
     row = batch.row_shapes[1]
     if loss.name == "mse":
         for name, y in zip(("support_y",) if outer else ("support_y", "query_y"), batch.stored()[1::2], strict=False):
@@ -175,6 +176,8 @@ def check_targets(batch: TaskBatch, loss: Loss, output: tuple[int, ...], outer: 
             raise TypeError(f"{name} is {y.dtype}: loss='cross_entropy' needs class labels as integers (y.long())")
         if y.dim() != 1:
             raise ValueError(f"{name} has labels of shape {list(y.shape[1:])} per sample: expected one integer each, not one-hot rows (y.argmax(-1))")
+        if y.is_cuda and torch.cuda.is_current_stream_capturing():
+            continue
         version = 0 if y.is_inference() else y._version  # labels out of range would be read past the logits
         if batch._cache.get(f"{name}.checked") != (version, output[0]):
             _check_labels(batch, name, y, output[0])
@@ -188,13 +191,14 @@ def are_labels(y: Tensor) -> bool:
 def _check_labels(batch: TaskBatch, name: str, y: Tensor, classes: int) -> None:
     if batch.ways is not None and int(batch.ways.max()) > classes:
         raise ValueError(f"ways of a task is {int(batch.ways.max())}, the model has {classes} outputs: tasks use the first outputs of the head")
-    low, high = torch.aminmax(y)
+    low, high = torch.stack(torch.aminmax(y)).tolist()  # at once: on a GPU it is waited for
     if low < 0 or high >= classes:
-        wrong = int(low) if low < 0 else int(high)
+        wrong = low if low < 0 else high
         raise ValueError(f"{name} has the label {wrong}, the model {classes} outputs: labels are 0..{classes - 1}, numbered anew in each task")
     if batch.ways is not None:
-        for t, task in enumerate(batch):
-            top = int(task[1 if name == "support_y" else 3].max())
+        sizes = batch.support_sizes if name == "support_y" else batch.query_sizes
+        for t, labels in enumerate(y.cpu().split(list(sizes))):
+            top = int(labels.max())
             if top >= int(batch.ways[t]):
                 raise ValueError(f"{name} of task {t} has the label {top}, the task {int(batch.ways[t])} ways")
 

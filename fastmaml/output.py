@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmaml.autograd import NoGradient
 from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
+from fastmaml.executors.device import keep_for_graph
 
 
 class NonFiniteError(FloatingPointError):
@@ -31,6 +32,11 @@ class NonFiniteError(FloatingPointError):
 @lru_cache(maxsize=64)
 def _uniform(tasks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((tasks,), 1.0 / tasks, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _weights(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class MetaOutput:
@@ -64,9 +70,9 @@ class MetaOutput:
         if losses.dim() == 2:  # [tasks, steps + 1]: the multi-step loss
             self._values["loss.query"] = losses = losses @ call.weights["step_weights"][-losses.shape[1] :]
         kept = losses if call.strict or all_finite else torch.where(self.finite.to(losses.device), losses, 0.0)
-        if call.task_weights is not None:
-            return torch.dot(kept, call.task_weights.to(kept))
-        return torch.dot(kept, _uniform(len(kept), kept.dtype, kept.device))
+        weights = _uniform(len(kept), kept.dtype, kept.device) if call.task_weights is None else _weights(tuple(call.task_weights.tolist()), kept.dtype, kept.device)
+        keep_for_graph(kept.device, weights)
+        return torch.dot(kept, weights)
 
     def _guard(self, name: str) -> Tensor | None:
         value = self._guarded.get(name, self._values.get(name))
@@ -99,7 +105,8 @@ class MetaOutput:
         """[tasks] share of right predictions on the query rows (classification only)."""
         if self.correct is None:
             raise AttributeError("accuracy exists for loss='cross_entropy'")
-        return self.correct / torch.tensor(self.batch.query_sizes, dtype=self.correct.dtype, device=self.correct.device)
+        sizes = self.batch.query_sizes
+        return self.correct / (sizes[0] if min(sizes) == max(sizes) else torch.tensor(sizes, dtype=self.correct.dtype, device=self.correct.device))
 
     @property
     def accuracy(self) -> Tensor:

@@ -95,7 +95,7 @@ class Case:
         generator = torch.Generator().manual_seed(0)
 
         def move(v: Tensor) -> Tensor:
-            return v.double() * (1 + relative * torch.randn(v.shape, generator=generator, dtype=torch.float64))
+            return v.double() * (1 + relative * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.device))
 
         b = self.batch.to(dtype=torch.float64)
         batch = TaskBatch(

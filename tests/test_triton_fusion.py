@@ -48,6 +48,12 @@ def test_launches_of_conv4() -> None:
     assert (after["axpys"], after["all_finite"], after["sum_tasks"]) == (2, 1, 1), "batchnorm's steps, and their reverse; all gradients"
 
 
+def test_a_grid_has_room_for_so_many_tasks() -> None:
+    Lowering(conv4(), Bucket(65535, 1, 1), "meta")
+    with pytest.raises(ValueError, match="65,536 tasks at once, the Triton kernels are launched for at most 65,535: pass fewer"):
+        Lowering(conv4(), Bucket(65536, 1, 1), "meta")
+
+
 def test_launches_of_five_steps() -> None:
     plan = conv4(5)
     assert (launched(plan).total(), launched(fuse(plan)).total()) == (734, 387)

@@ -14,6 +14,7 @@ from triton_networks import small
 from triton_process import DEVICE, ZERO, on_device
 
 import fastmaml
+from fastmaml.executors import device
 from fastmaml.executors.cuda.executor import CudaExecutor
 from fastmaml.executors.mixed import MixedExecutor
 from fastmaml.executors.torch.executor import TorchExecutor
@@ -136,21 +137,24 @@ def test_a_captured_call_keeps_its_memory(entry: str, monkeypatch: pytest.Monkey
     executor, call = TritonExecutor(case.plan(entry=entry)), case.call(torch.float32)
     plain = executor.forward(call)
     found = plain.values["logits"].clone()
+    if entry == "halves":
+        executor.reverse(plain.state, {"dlogits": torch.ones_like(found)})
     del plain
     (kept,) = (w for idle in executor._idle.values() for w in idle)
     with monkeypatch.context() as m:
-        m.setattr("fastmaml.executors.triton.executor.capturing", lambda device: True)
+        for module in ("triton.executor", "device"):
+            m.setattr(f"fastmaml.executors.{module}.capturing", lambda device: True)
         monkeypatch.setattr(kept.storage.table, "copy_", None)  # nothing comes from the host
-        with pytest.raises(RuntimeError, match="laid out for tasks of these sizes and weights: call it once before each capture"):
+        with pytest.raises(RuntimeError, match="laid out for tasks of these sizes and weights: call it once .and backward. before each capture"):
             executor.forward(dataclasses.replace(call, task_weights=torch.tensor([0.5, 0.7])))
         captured = executor.forward(call)
         assert torch.equal(captured.values["logits"], found) and captured._known is True
         if entry == "halves":
             executor.reverse(captured.state, {"dlogits": torch.ones_like(found)})
-        with pytest.raises(RuntimeError, match="call it once before each capture"):
+        with pytest.raises(RuntimeError, match="call it once .and backward. before each capture"):
             executor.forward(call)
         del captured
-    assert executor._captured == [kept] and not any(executor._idle.values())
+    assert device._CAPTURED[-1][0] is kept and not any(executor._idle.values())
     executor.forward(call)
     assert kept not in [w for idle in executor._idle.values() for w in idle]
 
@@ -173,6 +177,14 @@ def test_a_captured_graph_follows_its_inputs(kind: str) -> None:
     direct = executor.forward(call)
     for name, value in direct.values.items():
         assert torch.equal(captured.values[name], value), name
+
+
+def test_what_was_laid_out_in_inference_mode_serves_later_calls() -> None:
+    maml = fastmaml.MAML(net(), inner_lr=0.05, inner_steps=1, backend="triton")
+    batch = tasks_for([(3, 4), (6, 2)])
+    with torch.inference_mode():
+        maml.adapt(batch)
+    assert maml.adapt(batch).module(0)(batch.task(0)[2]).shape == (4, 3)
 
 
 def test_out_of_memory_names_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from triton_networks import INNER, fusible, small
 from triton_process import DEVICE, judge, judge_plan, on_device
 
 import fastmaml
+from fastmaml.executors.call import Call
 from fastmaml.executors.torch import kernels as torch_kernels
 from fastmaml.executors.triton.executor import TritonExecutor, Workspace
 from fastmaml.executors.triton.fusion import fuse
@@ -86,7 +87,7 @@ def test_last_gradients_of_tasks_that_are_not_finite(place: str, programs: int, 
     workspace = Workspace(fuse(plan), Bucket(5, 4, 1), DEVICE, "highest")
     groups = {1: {5}, 3: {3}, 10**6: {1}}[programs]
     assert {summed.group for summed in workspace.lowering.sums.values()} == groups and len(workspace.lowering.sums) == 2
-    workspace.describe(fastmaml.TaskBatch.from_tasks([(torch.zeros(n, 1), torch.zeros(n), torch.zeros(1, 1), torch.zeros(1)) for n in sizes]))
+    workspace.describe(Call(fastmaml.TaskBatch.from_tasks([(torch.zeros(n, 1), torch.zeros(n), torch.zeros(1, 1), torch.zeros(1)) for n in sizes]), {}))
     storage = workspace.storage
     storage.task_weights.copy_(torch.tensor(weights))
     for name, of in values.items():

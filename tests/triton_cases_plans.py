@@ -71,8 +71,7 @@ def test_a_rate_of_each_task() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 112))
 @pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
-def test_random_programs(conv: bool) -> None:
-    for seed in range(100, 112):
-        print(f"random.Random({seed})")
-        judge_plan(random_case(random.Random(seed), conv))
+def test_random_programs(conv: bool, seed: int) -> None:
+    judge_plan(random_case(random.Random(seed), conv))

@@ -136,6 +136,7 @@ PYBIND11_MODULE(FASTMAML_MODULE, m) {
         const int count = cuda::device_count(why);
         return std::make_pair(count, why);
     });
+    m.def("why_not", &cuda::why_not, "Why a device cannot run what was built, or an empty text.");
     m.def("device", [](int index) {
         const cuda::Device d = cuda::device(index);
         py::dict out;

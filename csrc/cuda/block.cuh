@@ -63,26 +63,23 @@ struct Block {
     FM_DEVICE void pause() const { __nanosleep(20); }
 };
 
-// Of one thread for its block: what the block wrote before `add` is seen by who has then read the sum by `read`.
+// Of one thread for its block: what the block wrote before `add` is seen by who has read the sum by `peek` and then
+// called `acquire`, which empties the L1 that other blocks use too: once, and not at every look.
 FM_DEVICE int take(int* counter) { return atomicAdd(counter, 1); }
 FM_DEVICE void add(int* counter, int n) {
     __threadfence();
     atomicAdd(counter, n);
 }
-FM_DEVICE int read(const int* counter) {
-    const int n = *static_cast<const volatile int*>(counter);
-    __threadfence();
-    return n;
-}
+FM_DEVICE int peek(const int* counter) { return *static_cast<const volatile int*>(counter); }
+FM_DEVICE void acquire() { __threadfence(); }
 
 FM_DEVICE void assume(bool v) { __builtin_assume(v); }
 FM_DEVICE char* in_global(void* p) {  // loads and stores then need not ask what kind of memory it is
     __builtin_assume(__isGlobal(p));
     return static_cast<char*>(p);
 }
-FM_DEVICE void touch(const char* p) {  // asks for the 32 bytes at p, and does not wait: L1 will have them
-    [[maybe_unused]] float unused;
-    asm volatile("ld.global.f32 %0, [%1];" : "=f"(unused) : "l"(__cvta_generic_to_global(p)));
+FM_DEVICE void touch(const char* p) {  // asks, and does not wait: ptxas would drop a load that nobody reads
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
 FM_DEVICE char* shared_memory(char*) {  // by its name: the compiler then knows what kind of memory it is
     extern __shared__ __align__(64) char memory[];
@@ -123,7 +120,8 @@ struct Block {
 
 inline int take(int* counter) { return (*counter)++; }
 inline void add(int* counter, int n) { *counter += n; }
-inline int read(const int* counter) { return *counter; }
+inline int peek(const int* counter) { return *counter; }
+inline void acquire() {}
 inline void assume(bool) {}
 inline char* in_global(void* p) { return static_cast<char*>(p); }
 inline void touch(const char*) {}

@@ -50,12 +50,14 @@ Device device(int index) {
 }
 
 struct OnDevice {  // the caller's current device comes back
-    int before = 0;
-    explicit OnDevice(int index) {
+    int before = 0, index;
+    explicit OnDevice(int index) : index(index) {
         check(cudaGetDevice(&before), "cudaGetDevice");
         if (index != before) check(cudaSetDevice(index), "cudaSetDevice");
     }
-    ~OnDevice() { cudaSetDevice(before); }
+    ~OnDevice() {
+        if (index != before) cudaSetDevice(before);  // setting it makes a context there
+    }
 };
 
 static const FlatPlan& head(const std::vector<char>& plan) { return *reinterpret_cast<const FlatPlan*>(plan.data()); }
@@ -92,6 +94,16 @@ static const void* walk(int index) {  // the kernel of every Plan
     return kernel;
 }
 
+std::string why_not(int index) {
+    try {
+        const OnDevice on(index);
+        walk(index);
+    } catch (const std::runtime_error& error) {
+        return error.what();
+    }
+    return "";
+}
+
 bool can_load() { return CUDART_VERSION >= 12080; }
 
 const void* load(const std::string& cubin, int index) {
@@ -113,8 +125,11 @@ int resident_blocks(const FlatPlan& p, int index) {
     int blocks = 0;
     const Config c(p, 1, nullptr);
     if (p.ranks > 1) {
+        cudaFuncAttributes made;
+        check(cudaFuncGetAttributes(&made, walk(index)), "cudaFuncGetAttributes");
+        if (made.ptxVersion < 90) return 0;  // without the barrier of a cluster (block.cuh)
         check(cudaOccupancyMaxActiveClusters(&blocks, walk(index), &c.config), "occupancy");
-        return std::max(1, blocks);
+        return blocks;
     }
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, walk(index), p.threads, c.config.dynamicSmemBytes),
           "occupancy");

@@ -16,7 +16,10 @@ struct Device {
 int device_count(std::string& why_none);
 Device device(int index);
 
-// How many blocks, or clusters, run at once.
+// Why a device cannot run what was built (it has no code for its architecture), or "".
+std::string why_not(int device);
+
+// How many blocks, or clusters, run at once; 0: no cluster of this size can.
 int resident_blocks(const FlatPlan& plan, int device);
 
 // A kernel that was compiled from half_source: as `compiled` below, for as long as the process lives. All throw

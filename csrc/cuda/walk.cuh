@@ -164,8 +164,10 @@ struct Walk {
             b.sync();
             if (b.thread == 0) add(done, 1);
         }
-        if (b.thread == 0)
-            while (read(done) < count) b.pause();
+        if (b.thread == 0) {
+            while (peek(done) < count) b.pause();
+            acquire();
+        }
         b.sync();
     }
 

@@ -50,7 +50,9 @@ def why_not_here(backend: str, dtype: DType, device: Device) -> str | None:
         return f"the parameters are on {device}"
     if dtype != float32:
         return f"the parameters are {str(dtype).removeprefix('torch.')}, the kernels are float32"
-    return NATIVE[backend].unavailable()
+    if backend == "cuda":
+        return CudaExecutor.unavailable(index=device.index or 0)
+    return CpuExecutor.unavailable()
 
 
 def why_not(backend: str, plan: Plan, dtype: DType, device: Device) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from fastmaml.executors.call import Results
 
 Made = TypeVar("Made")
+_CAPTURED: list[tuple] = []  # what graphs point to that callers have captured
 KEEPERS: weakref.WeakSet[Any] = weakref.WeakSet()  # executors that keep device memory for their next calls; they have ``let_go``
 
 
@@ -33,7 +34,17 @@ class DeviceResults(Results):
 
 
 def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a graph is captured on this device's current stream."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def keep_for_graph(device: torch.device, *what: Any) -> None:
+    """While a graph is captured: it points to these for as long as it lives, which nobody is told; so they stay."""
+    if capturing(device):
+        _CAPTURED.append(what)
 
 
 def with_room(make: Callable[[], Made], tasks: int, device: torch.device, parts: Callable[[], Mapping[str, int]]) -> Made:

@@ -36,6 +36,7 @@ struct Aligned {  // poisoned: bytes 255, which as floats are NaN
 
 int device_count(std::string&) { return 1; }
 Device device(int) { return {"the host, threads as fibers", 163 * 1024, 3, 0, 0}; }
+std::string why_not(int) { return ""; }
 int resident_blocks(const FlatPlan&, int) { return 3; }
 
 bool can_load() { return false; }

@@ -28,7 +28,7 @@ from fastmaml.executors.cpu.lowering import Lowering, rows_capacity
 from fastmaml.executors.cpu.rules import native as native_call
 from fastmaml.executors.cpu.storage import pad
 from fastmaml.executors.cuda import nvrtc
-from fastmaml.executors.device import DeviceResults, capturing, with_room
+from fastmaml.executors.device import DeviceResults, capturing, keep_for_graph, with_room
 from fastmaml.plan.instructions import Plan, Segment
 
 try:
@@ -127,16 +127,18 @@ class CudaExecutor:
         self._prepared: dict[tuple, CudaPrepared] = {}
         self._uploaded: dict[tuple, Tensor] = {}
         self._counters: dict[tuple, Tensor] = {}
-        self._captured: list[Any] = []  # what a captured graph points to, beside the memory of its own
 
     @staticmethod
-    def unavailable(native: ModuleType | None = None) -> str | None:
-        """Why it can run nothing here, or None."""
+    def unavailable(native: ModuleType | None = None, index: int | None = None) -> str | None:
+        """Why it can run nothing here, or nothing on the device of this number, or None."""
         module = native or _cuda
         if module is None:
             return f"fastmaml._cuda could not be imported ({IMPORT_ERROR}): it is built where nvcc is"
         count, why = module.devices()
-        return None if count else f"CUDA finds no device: {why}"
+        if not count:
+            return f"CUDA finds no device: {why}"
+        why = module.why_not(index) if index is not None else ""
+        return f"fastmaml._cuda was not built for this device ({why}): build it with FASTMAML_CUDA_ARCHS" if why else None
 
     @staticmethod
     def why_not_segment(plan: Plan, segment: Segment, native: ModuleType | None = None) -> str | None:
@@ -237,6 +239,7 @@ class CudaExecutor:
             if tensor._version != state.versions[i]:
                 raise RuntimeError(f"{prepared.task_buffers[i]} was changed in place between forward and backward: pass a copy to maml(...)")
         pointers, late = self._kept(prepared, state.at), {i: _as(given[name], _REAL) for i, name in prepared.late}
+        late = {i: v.clone() if v.data_ptr() % 16 else v for i, v in late.items()}  # a view may begin anywhere, and is read four floats at a time
         for i, tensor in (*state.given.items(), *late.items()):
             pointers[i] = tensor.data_ptr()
         values = self._values(prepared, call.batch, 1, pointers)
@@ -256,8 +259,7 @@ class CudaExecutor:
         outputs = [gradients[name].data_ptr() if name in gradients else 0 for name in prepared.outputs]
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         counters = self._counters_of(device, stream)
-        if capturing(device):
-            self._captured += [prepared, tables]
+        keep_for_graph(device, prepared, tables, inputs)
         blocks = min(prepared.blocks(len(batch)), self.most_blocks or WHOLE)
         self.native.execute(
             *(prepared.native, self._kernel(prepared, half, batch), device.index or 0, stream, self.order, prepared.on_device.data_ptr(), len(batch), half, blocks),

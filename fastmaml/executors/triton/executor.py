@@ -9,6 +9,7 @@ caller and stream at a time; one that goes into a graph that the caller captures
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fastmaml.batch import TaskBatch
 from fastmaml.executors.call import Call, Results
-from fastmaml.executors.device import KEEPERS, DeviceResults, capturing, with_room
+from fastmaml.executors.device import KEEPERS, DeviceResults, capturing, keep_for_graph, with_room
 from fastmaml.executors.triton.fusion import fuse
 from fastmaml.executors.triton.lowering import Lowering
 from fastmaml.executors.triton.rules import RULES
@@ -29,6 +30,7 @@ from fastmaml.kernels import update
 from fastmaml.plan.instructions import EXTENTS, Plan
 
 INTERPRETED = type(update.axpy).__name__ == "InterpretedFunction"  # decided when the kernels were imported
+CAPTURING = threading.Lock()  # whoever begins waits for the whole device, which ends the captures of other threads
 WORKSPACES = 8  # kept per Plan: each holds the memory of a bucket
 _DATA = ("x.support", "y.support", "x.query", "y.query")  # in the order of TaskBatch.stored
 
@@ -75,7 +77,8 @@ class Workspace:
             self._launch(launches)
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            stream = torch.cuda.Stream(self.device)  # torch's own is on the device that captured first
+            with CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._launch(launches)
             self.graphs[half] = graph
             graph.replay()
@@ -103,7 +106,6 @@ class TritonExecutor:
     def __init__(self, plan: Plan, precision: str = "high") -> None:
         self.plan, self.fused, self.precision = plan, fuse(plan), precision
         self._idle: OrderedDict[Any, list[Workspace]] = OrderedDict()
-        self._captured: list[Workspace] = []  # what the graphs of others point to: nobody else gets these
         KEEPERS.add(self)
 
     @staticmethod
@@ -196,17 +198,18 @@ class TritonExecutor:
             return key, idle.pop()  # atomic: two threads never get the same one
         except IndexError:
             pass
-        return key, with_room(lambda: Workspace(self.fused, bucket, device, self.precision), len(batch), device, lambda: self.memory(batch))
+        with torch.inference_mode(False):  # later calls write to what this one lays out
+            return key, with_room(lambda: Workspace(self.fused, bucket, device, self.precision), len(batch), device, lambda: self.memory(batch))
 
     def _take_for_good(self, call: Call, bucket: Bucket, device: torch.device) -> Workspace:
         """For a graph that the caller captures: one that is laid out, with tables filled, as nothing can be copied from the host meanwhile."""
         for (of, on, _), idle in self._idle.items():
-            found = next((w for w in idle if w.is_for(call)), None) if (of, on) == (bucket, device) else None
+            found = next((w for w in idle if w.is_for(call) and all(w.ran)), None) if (of, on) == (bucket, device) else None
             if found is not None:
                 idle.remove(found)
-                self._captured.append(found)
+                keep_for_graph(device, found, call)
                 return found
-        raise RuntimeError("the triton executor has no memory laid out for tasks of these sizes and weights: call it once before each capture of a graph")
+        raise RuntimeError("the triton executor has no memory laid out for tasks of these sizes and weights: call it once (and backward) before each capture of a graph")
 
     def let_go(self) -> None:
         """Of the workspaces that nobody uses."""

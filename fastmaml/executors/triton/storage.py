@@ -19,6 +19,7 @@ from fastmaml.plan.memory import arena_layout
 
 DTYPES = {"mask": torch.uint8, "index": torch.int32, "label": torch.int64}
 ALIGN = 64  # numbers: slots begin at multiples, so that kernels may read them in large pieces
+MOST_TASKS = 65535  # the second and third dimension of a grid
 LARGEST = 2**31  # numbers of an array: offsets within the rows of all tasks are 32 bits
 
 
@@ -132,6 +133,8 @@ class Storage:
         offsets, arena = arena_layout(plan, lambda b: self.width(b) * (8 if b.columns else self._dtype(b).itemsize), item * ALIGN)
         whole = self._new("scratch", arena, torch.uint8)
         self.arrays: dict[str, Tensor] = {}
+        if tasks > MOST_TASKS:
+            raise ValueError(f"{tasks:,} tasks at once, the Triton kernels are launched for at most {MOST_TASKS:,}: pass fewer")
         for name, buffer in plan.buffers.items():
             dtype = self._dtype(buffer)
             if self.width(buffer) >= LARGEST:
