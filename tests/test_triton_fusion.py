@@ -49,9 +49,11 @@ def test_launches_of_conv4() -> None:
 
 
 def test_a_grid_has_room_for_so_many_tasks() -> None:
-    Lowering(conv4(), Bucket(65535, 1, 1), "meta")
+    program = trace(nets.MLP(2, 4, 3), (2,)).with_roles(lambda _: "adapted")
+    plan = build_plan(program, Arrangement(steps=1, rates={leaf.name: Rate("lr") for leaf in program.leaves}))
+    Lowering(plan, Bucket(65535, 1, 1), "meta")
     with pytest.raises(ValueError, match="65,536 tasks at once, the Triton kernels are launched for at most 65,535: pass fewer"):
-        Lowering(conv4(), Bucket(65536, 1, 1), "meta")
+        Lowering(plan, Bucket(65536, 1, 1), "meta")
 
 
 def test_launches_of_five_steps() -> None:
