@@ -72,7 +72,7 @@ def _speed(rows: list[dict]) -> Figure:
 
 def _floor(rows: list[dict]) -> Figure:
     """Bars of meta_grad's time beside the arithmetic at the machine's measured peak."""
-    mine = [r for r in rows if r["peer"] == META_GRAD and "median_ms" in r]
+    mine = [r for r in rows if r["peer"] == META_GRAD and "median_ms" in r and "gflop" in r]
     figure = Figure(figsize=(9, 0.8 + 0.5 * len(mine)))
     axes = figure.subplots()
     for y, r in enumerate(mine):

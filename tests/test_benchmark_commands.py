@@ -42,6 +42,8 @@ def test_report(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     for said in ("not installed (pip install third)", "20x", "largest distance from a straight line: 10.0%", result["machine"]["cpu"], "| 2.00x |"):
         assert said in text, said
+    uncounted = {key: value for key, value in result["speed"][0].items() if key != "gflop"} | {"workload": "b", "reason": "in verify: not finished in 25 s"}
+    report.write({**result, "speed": [*result["speed"], uncounted]}, tmp_path)
     graph = {**result["speed"][0], "peer": f"{META_GRAD} in a CUDA graph", "replay_ms": 0.0123}
     assert "graph alone" not in text and "| 3.0 | 0.0123 ms |" in report.markdown({**result, "speed": [*result["speed"], graph]})
     assert "third  " in report.terminal("speed", result["speed"]) and report.terminal("speed", []) == "speed: nothing was measured"
