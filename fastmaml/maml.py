@@ -17,6 +17,7 @@ from fastmaml.counts import check_count
 from fastmaml.engine import TASK_RATE, Runner, Spec, support_bucket, warn_user, without_autocast
 from fastmaml.executors import BACKENDS, NATIVE, Executor, explained
 from fastmaml.executors.call import Call, Results
+from fastmaml.executors.device import capturing
 from fastmaml.optimizers import SGD, ImplicitGradient
 from fastmaml.output import MetaOutput, NonFiniteError, correct_of, gradient_of, per_task
 from fastmaml.program import CLASS_WEIGHT
@@ -266,7 +267,8 @@ class MAML(Trained):
         options.check_device(batch, view.like)
         runner = self._engine.runner(view, batch, spec)
         options.check_inputs(batch, view.like, runner.opaque)
-        options.check_targets(batch, self.loss, runner.output, outer=entry in ("halves", "adapt"))
+        read = not capturing(view.like.device)  # while a graph is captured nothing can be; the call before it has
+        options.check_targets(batch, self.loss, runner.output, entry in ("halves", "adapt"), read)
         rates = self.rates.at(spec.steps, inner_lr, view)
         numbers = self._numbers(step_weights, spec, runner)
         strict = self.on_nonfinite == "raise"
@@ -291,8 +293,8 @@ class MAML(Trained):
         if self.class_weight is not None:
             options.check_class_weight(self.class_weight, runner.output)
             with torch.inference_mode(False):
-                self.class_weight = self.class_weight.to(like)  # moved once
-            out[CLASS_WEIGHT] = self.class_weight
+                self.class_weight = self.class_weight.to(like.device)  # moved once
+            out[CLASS_WEIGHT] = self.class_weight.to(like.dtype)
         return out
 
     def _sinks(self, runner: Runner) -> dict[str, Tensor]:

@@ -158,9 +158,8 @@ def check_inputs(batch: TaskBatch, like: Tensor, tokens: bool) -> None:
             raise TypeError(f"{name} is {x.dtype}: expected {like.dtype} (x.to({like.dtype}); bytes are converted as they are)")
 
 
-def check_targets(batch: TaskBatch, loss: Loss, output: tuple[int, ...], outer: bool) -> None:
-    """Targets against loss and model; ``outer``: the query's are not ours. Reads labels once per batch object and model size, but not while a graph is captured:
-    the call before it has read them."""
+def check_targets(batch: TaskBatch, loss: Loss, output: tuple[int, ...], outer: bool, read: bool = True) -> None:
+    """Targets against loss and model; ``outer``: the query's are not ours. ``read``: the labels, once per batch object and model size."""
     row = batch.row_shapes[1]
     if loss.name == "mse":
         for name, y in zip(("support_y",) if outer else ("support_y", "query_y"), batch.stored()[1::2], strict=False):
@@ -176,10 +175,8 @@ def check_targets(batch: TaskBatch, loss: Loss, output: tuple[int, ...], outer: 
             raise TypeError(f"{name} is {y.dtype}: loss='cross_entropy' needs class labels as integers (y.long())")
         if y.dim() != 1:
             raise ValueError(f"{name} has labels of shape {list(y.shape[1:])} per sample: expected one integer each, not one-hot rows (y.argmax(-1))")
-        if y.is_cuda and torch.cuda.is_current_stream_capturing():
-            continue
         version = 0 if y.is_inference() else y._version  # labels out of range would be read past the logits
-        if batch._cache.get(f"{name}.checked") != (version, output[0]):
+        if read and batch._cache.get(f"{name}.checked") != (version, output[0]):
             _check_labels(batch, name, y, output[0])
             batch._cache[f"{name}.checked"] = (version, output[0])
 

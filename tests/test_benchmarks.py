@@ -193,6 +193,7 @@ broken = Peer("broken", wrong)
 sleeper = Peer("sleeper", make(lambda: time.sleep(60)))
 hoarder = Peer("hoarder", make(lambda: [torch.ones(2**26) for _ in range(200)] and time.sleep(60)))
 quitter = Peer("quitter", make(lambda: __import__("os")._exit(3)))
+victim = Peer("victim", make(lambda: __import__("os").kill(__import__("os").getpid(), 9)))
 raiser = Peer("raiser", make(lambda: 1 / 0))
 '''
 
@@ -226,6 +227,7 @@ def test_a_wrong_gradient_gets_no_speed(mine) -> None:
         ("sleeper", "not finished in 1 s"),
         ("hoarder", "took over 1.5 GB"),
         ("quitter", "its process ended with status 3"),
+        ("victim", "its process ended with status -9 (killed: as a rule all processes together took more memory than there is)"),
         ("raiser", "ZeroDivisionError: division by zero"),
         ("absent", "AttributeError: module 'own_peers' has no attribute 'absent'"),
     ],

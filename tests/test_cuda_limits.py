@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from executor_cases import ragged_case
 
 import fastmaml
 import fastmaml.nn as nets
-from fastmaml import _cpu, engine
+from fastmaml import _cpu, engine, executors
 from fastmaml.executors import BackendError, choose
 from fastmaml.executors.cuda import executor as cuda
 from fastmaml.executors.cuda.executor import CudaExecutor
@@ -125,6 +126,15 @@ def test_one_net_of_every_depth() -> None:
         values = executor.forward(Call(TaskBatch.of((x, y, x, y)), leaves, maml.rates.at(2, None, maml._engine.view()))).values
         for name, p in theirs.named_parameters():
             assert float((values[f"grad.{name}"] - p.grad).norm()) <= 1e-4 * float(p.grad.norm()) + 1e-6
+
+
+def test_a_device_without_code_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU older or newer than what was built: the reason is CUDA's, and the way out is named."""
+    module = SimpleNamespace(devices=lambda: (1, ""), why_not=lambda index: "no kernel image is available" if index == 1 else "")
+    monkeypatch.setattr(cuda, "_cuda", module)
+    assert executors.why_not_here("cuda", torch.float32, torch.device("cuda", 0)) is None
+    why = executors.why_not_here("cuda", torch.float32, torch.device("cuda", 1))
+    assert why == "fastmaml._cuda was not built for this device (no kernel image is available): build it with FASTMAML_CUDA_ARCHS"
 
 
 @pytest.mark.parametrize("steps", [4, 2])

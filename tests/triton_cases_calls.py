@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from executor_cases import ZERO
 from random_programs import error, numbers_for
 from test_torch_executor import focal, run_halves, small_program
 from torch import Tensor
 from triton_networks import small
-from triton_process import DEVICE, ZERO, on_device
+from triton_process import DEVICE, on_device
 
 import fastmaml
 from fastmaml.executors import device

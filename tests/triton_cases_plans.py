@@ -7,10 +7,11 @@ import random
 
 import pytest
 import torch
+from executor_cases import ZERO
 from random_programs import error, gradients, random_case
 from test_torch_executor import OPTIONS, option_case
 from triton_networks import INNER, small
-from triton_process import ZERO, judge_plan, on_device
+from triton_process import judge_plan, on_device
 
 from fastmaml.executors.torch.executor import TorchExecutor
 from fastmaml.executors.triton.executor import TritonExecutor
