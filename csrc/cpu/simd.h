@@ -99,6 +99,48 @@ static inline float sum_lanes(vec v) {
     return lanes[0];
 }
 
+// The sums of the lanes of four vectors, each in the same order
+typedef float quad __attribute__((vector_size(16)));
+typedef int32_t iquad __attribute__((vector_size(16)));
+static inline quad sum_lanes(vec a, vec b, vec c, vec d) {
+#if defined(__AVX512F__)
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d lo = _mm512_castps_pd(ab), hi = _mm512_castps_pd(cd);
+    const __m512 four =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi)), _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    return (quad)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const __m256d lo = _mm256_castps_pd(ab), hi = _mm256_castps_pd(cd);
+    const __m256 four =
+        _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(lo, hi)), _mm256_castpd_ps(_mm256_unpackhi_pd(lo, hi)));
+    return (quad)_mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+#else
+    const quad ab = __builtin_shuffle(a, b, iquad{0, 4, 1, 5}) + __builtin_shuffle(a, b, iquad{2, 6, 3, 7});
+    const quad cd = __builtin_shuffle(c, d, iquad{0, 4, 1, 5}) + __builtin_shuffle(c, d, iquad{2, 6, 3, 7});
+    return __builtin_shuffle(ab, cd, iquad{0, 1, 4, 5}) + __builtin_shuffle(ab, cd, iquad{2, 3, 6, 7});
+#endif
+}
+
+// to[kLane] = lo, hi, zeros: in as few stores as there are vectors, for what is stored in parts cannot be loaded as one
+// vector before it has reached the cache
+static inline void store_lane(float* to, quad lo, quad hi) {
+#if defined(__AVX512F__)
+    store(to, (vec)_mm512_insertf32x4(_mm512_zextps128_ps512((__m128)lo), (__m128)hi, 1));
+#elif defined(__AVX2__)
+    store(to, (vec)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)lo), (__m128)hi, 1));
+    store(to + VL, vec{});
+#else
+    store(to, lo);
+    store(to + VL, hi);
+    store(to + 2 * VL, vec{});
+    store(to + 3 * VL, vec{});
+#endif
+}
+
 // e^x, relative error about 1e-7: x = n ln2 + r, |r| <= ln2 / 2, a polynomial of degree 6 for e^r (Cephes'
 // coefficients), then 2^n.
 static inline vec vexp(vec x) {

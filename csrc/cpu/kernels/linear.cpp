@@ -41,50 +41,32 @@ void linear_jvp(const Call& c) {
 }
 
 // ---------------------------------------------------------------------------------------------------- bwd_input
-struct Target {  // out += d w; `begun` once it holds something, `last` when act follows
-    const float* d;
-    int64_t ldd;
-    float* out;
-    int64_t ldo;
-    bool begun, last;
-    Activation act;
+// The outputs [o, o + outs) of the inputs [k, k + cols) of a weight, the other way round: transposed into `piece`, or
+// where somebody has done it for all tasks
+struct Turned {
+    const float* w;
+    int64_t ldw;
 };
 
-// One weight against up to two cotangents (dy and its tangent): a share of the input columns, 64 at a time, transposed
-// once for both.
-static void times_weight(const Call& c, const float* w, int64_t k, int64_t cols, Target** targets, int n) {
-    const int64_t in = c.sizes[0], out = c.sizes[1];
-    alignas(64) float piece[kPanel * kPanel];
-    for (int64_t o = 0; o < out; o += kPanel) {
-        const int64_t width = packed_width(o / kPanel, out), outs = out - o < kPanel ? out - o : kPanel;
-        transpose_piece(w + o * in + k * width, width, in - k, cols, outs, piece);
-        for (int t = 0; t < n; ++t) {
-            Target& a = *targets[t];
-            Pair pair = {a.d + o, a.ldd, piece, cols};
-            const bool done = a.last && o + outs == out;
-            product(c.n, cols, &pair, 1, outs, a.out + k, a.ldo, a.begun ? a.out + k : nullptr, a.ldo,
-                    done ? a.act.at(0, k) : kLinear);
-            a.begun = true;
-        }
-    }
+static inline Turned turn(const Call& c, const float* w, int64_t k, int64_t cols, int64_t o, int64_t outs,
+                          float* piece) {
+    const int64_t in = c.sizes[0], width = packed_width(o / kPanel, c.sizes[1]);
+    transpose_piece(w + o * in + k * width, width, in - k, cols, outs, piece);
+    return {piece, cols};
 }
 
-// The same with the transposed weight at hand: columns k.. of its panel
-static void times_turned(const Call& c, const float* turned, int64_t k, int64_t cols, Target** targets, int n) {
-    const int64_t in = c.sizes[0], out = c.sizes[1], panel = k / kPanel, width = packed_width(panel, in);
-    for (int t = 0; t < n; ++t) {
-        Target& a = *targets[t];
-        const Pair pair = {a.d, a.ldd, turned + panel * kPanel * out + k % kPanel, width};
-        product(c.n, cols, &pair, 1, out, a.out + k, a.ldo, nullptr, 0, a.last ? a.act.at(0, k) : kLinear);
-        a.begun = true;
-    }
+static inline Turned turned_at(const Call& c, const float* turned, int64_t k, int64_t o) {
+    const int64_t panel = k / kPanel, width = packed_width(panel, c.sizes[0]);
+    return {turned + panel * kPanel * c.sizes[1] + o * width + k % kPanel, width};
 }
 
-// dx = act(dy w) and dxt = act(dyt w + dy wt), either of which may be unwanted (null)
+// dx = act(dy w) and dxt = act(dyt w + dy wt), either of which may be unwanted (null): a share of the input columns, 64
+// of them and 64 outputs at a time
 static void backward_input(const Call& c, const float* dy, int64_t ldy, const float* w, const float* dyt, int64_t ldyt,
                            const float* wt, float* dx, int64_t ldx, float* dxt, int64_t ldxt, const Activation& act,
                            const float* turned) {
-    if (is_narrow(c.sizes[1])) {
+    const int64_t out = c.sizes[1];
+    if (is_narrow(out)) {
         const int64_t ldw = pad_lane(c.sizes[0]);
         const Pair primal = {dy, ldy, w, ldw}, two[2] = {{dyt, ldyt, w, ldw}, {dy, ldy, wt, ldw}};
         if (dx) narrow_input<kNarrow>(c, &primal, 1, dx, ldx, act);
@@ -92,22 +74,25 @@ static void backward_input(const Call& c, const float* dy, int64_t ldy, const fl
         return;
     }
     const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
+    alignas(64) float pieces[2][kPanel * kPanel];
     for (int64_t k = s.begin * kLane, stop; k < s.end * kLane; k = stop) {
         stop = (k / kPanel + 1) * kPanel < s.end * kLane ? (k / kPanel + 1) * kPanel : s.end * kLane;
         const int64_t cols = stop - k;
-        Target primal = {dy, ldy, dx, ldx, false, true, act}, tangent = {dyt, ldyt, dxt, ldxt, false, !wt, act};
-        Target* targets[2];
-        int n = 0;
-        if (dx) targets[n++] = &primal;
-        if (dxt && dyt) targets[n++] = &tangent;
-        if (n && turned)
-            times_turned(c, turned, k, cols, targets, n);
-        else if (n)
-            times_weight(c, w, k, cols, targets, n);
-        if (dxt && wt) {
-            tangent.d = dy, tangent.ldd = ldy, tangent.last = true;
-            targets[0] = &tangent;
-            times_weight(c, wt, k, cols, targets, 1);
+        for (int64_t o = 0; o < out; o += kPanel) {
+            const int64_t outs = out - o < kPanel ? out - o : kPanel;
+            const Activation done = o + outs == out ? act.at(0, k) : kLinear;
+            Turned right{};
+            if (dx || (dxt && dyt))
+                right = turned ? turned_at(c, turned, k, o) : turn(c, w, k, cols, o, outs, pieces[0]);
+            if (dx) {
+                const Pair primal = {dy + o, ldy, right.w, right.ldw};
+                product(c.n, cols, &primal, 1, outs, dx + k, ldx, o ? dx + k : nullptr, ldx, done);
+            }
+            Pair pairs[2] = {};
+            int n = 0;
+            if (dxt && dyt) pairs[n++] = {dyt + o, ldyt, right.w, right.ldw};
+            if (dxt && wt) pairs[n++] = {dy + o, ldy, turn(c, wt, k, cols, o, outs, pieces[1]).w, cols};
+            if (dxt) product(c.n, cols, pairs, n, outs, dxt + k, ldxt, o ? dxt + k : nullptr, ldxt, done);
         }
     }
 }
@@ -133,11 +118,14 @@ void linear_bwd_input_both(const Call& c) {
 // whose base is the result itself): cpu/fusion.py knows the number.
 static constexpr int64_t kDeep = 96;
 
-// The same for few outputs, a vector of inputs at a time
+// The same for few outputs, a few vectors of inputs at a time
 static void narrow_weight(const Call& c, const Outer* terms, int n_terms, float* dw, const float* base, float scale) {
-    const int64_t in = c.sizes[0], ldw = pad_lane(in);
+    const int64_t in = c.sizes[0], out = c.sizes[1], ldw = pad_lane(in);
     const Share s = share(ldw / kLane, c);
-    for (int64_t k = s.begin * kLane; k < s.end * kLane; k += VL) {
+    for (int64_t k = s.begin * kLane, vectors; k < s.end * kLane; k += vectors * VL) {
+        vectors = (s.end * kLane - k) / VL;
+        if (vectors > narrow_vectors(out)) vectors = narrow_vectors(out);
+        while (vectors > 1 && k + (vectors - 1) * VL > in) --vectors;  // all but the last are whole
         int64_t r = 0;
         do {
             const bool deep = n_terms == 1 && c.n >= kDeep / 2;
@@ -149,7 +137,7 @@ static void narrow_weight(const Call& c, const Outer* terms, int n_terms, float*
                            terms[t].ldd};
             const Epilogue e = {c.first || deep ? nullptr : dw + k, deep && (r > 0 || !c.first) ? dw + k : nullptr,
                                 fused ? base + k : nullptr, fused ? scale : 1.f};
-            narrow_outer<kNarrow>(c.sizes[1], here, n_terms, rows, in - k, dw + k, ldw, e);
+            narrow_outer(out, vectors, here, n_terms, rows, in - k, dw + k, ldw, e);
             r += rows;
         } while (r < c.n);
     }
@@ -191,19 +179,29 @@ static void backward_weight(const Call& c, const Outer* terms, int n_terms, floa
     }
 }
 
-// db, or base + scale db
+// V vectors of db, or of base + scale db
+template <int V>
+static inline void bias_tile(int64_t n, bool first, const float* d, int64_t ldd, float* db, const float* base,
+                             float scale) {
+    vec acc[V], chain[V];
+    for (int v = 0; v < V; ++v) acc[v] = first ? vec{} : load(db + v * VL);
+    for (int64_t i = 0; i < n;) {
+        const int64_t stop = n - i > kDeep ? i + kDeep : n;
+        for (int v = 0; v < V; ++v) chain[v] = i == 0 ? acc[v] : vec{};
+        for (; i < stop; ++i)
+            for (int v = 0; v < V; ++v) chain[v] += load(d + i * ldd + v * VL);
+        for (int v = 0; v < V; ++v) acc[v] = stop <= kDeep ? chain[v] : acc[v] + chain[v];
+    }
+    for (int v = 0; v < V; ++v) store(db + v * VL, base ? fma(splat(scale), acc[v], load(base + v * VL)) : acc[v]);
+}
+
 static void backward_bias(const Call& c, const float* d, int64_t ldd, float* db, const float* base, float scale) {
     const Share s = share(pad_lane(c.sizes[1]) / kLane, c);
-    for (int64_t o = s.begin * kLane; o < s.end * kLane; o += VL) {
-        vec acc = c.first ? vec{} : load(db + o);
-        for (int64_t i = 0; i < c.n;) {
-            const int64_t stop = c.n - i > kDeep ? i + kDeep : c.n;
-            vec chain = i == 0 ? acc : vec{};
-            for (; i < stop; ++i) chain += load(d + i * ldd + o);
-            acc = stop <= kDeep ? chain : acc + chain;
-        }
-        store(db + o, base && c.last ? fma(splat(scale), acc, load(base + o)) : acc);
-    }
+    const float* from = c.last ? base : nullptr;
+    int64_t o = s.begin * kLane;
+    for (; o + 4 * VL <= s.end * kLane; o += 4 * VL)
+        bias_tile<4>(c.n, c.first, d + o, ldd, db + o, from ? from + o : nullptr, scale);
+    for (; o < s.end * kLane; o += VL) bias_tile<1>(c.n, c.first, d + o, ldd, db + o, from ? from + o : nullptr, scale);
 }
 
 static float signed_scale(const Call& c, int number, int scale) {

@@ -16,10 +16,10 @@ static void add_loss(const Call& c, int i, double value) {
 // out = f(column, outputs left) for the vectors of every row; what is loaded in part is zero in the padding
 template <class F>
 static inline void each_row(const Call& c, int out, F f) {
-    for (int64_t i = 0; i < c.n; ++i) {
-        float* row = c.f(out) + i * c.stride(out);
-        for (int64_t j = 0; j < pad_lane(c.sizes[0]); j += VL) store(row + j, f(i, j, c.sizes[0] - j));
-    }
+    const int64_t n = c.n, width = c.sizes[0], ld = c.stride(out);
+    float* row = c.f(out);
+    for (int64_t i = 0; i < n; ++i, row += ld)
+        for (int64_t j = 0; j < pad_lane(width); j += VL) store(row + j, f(i, j, width - j));
 }
 
 void mse_fwd(const Call& c) {  // z, target, (weight), loss?, correct?
