@@ -43,7 +43,7 @@ TaskTensors = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, que
 
 
 @lru_cache(maxsize=256)  # loaders yield batch after batch of the same sizes; nobody writes to offsets
-def _offsets_of(sizes: tuple[int, ...]) -> Tensor:
+def offsets_of(sizes: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *accumulate(sizes)], dtype=torch.int64)
 
 
@@ -161,17 +161,17 @@ class TaskBatch:
     @classmethod
     def of(cls, tasks: Any) -> TaskBatch:
         """Whatever a loader yields, as a TaskBatch: see `ACCEPTED`. Writable NumPy arrays are not copied."""
+        if isinstance(tasks, (tuple, list)):
+            if len(tasks) == 4 and isinstance(tasks[0], (Tensor, np.ndarray)):
+                return cls.from_tensors(*tasks)
+            if all(isinstance(task, (tuple, list)) for task in tasks):
+                return cls.from_tasks(tasks)
         if isinstance(tasks, TaskBatch):
             return tasks
         if isinstance(tasks, Mapping):
             return cls.from_tensors(
                 *part_of(tasks, "support", "train"), *part_of(tasks, "query", "test"), tasks.get("ways")
             )
-        if isinstance(tasks, (tuple, list)):
-            if len(tasks) == 4 and isinstance(tasks[0], (Tensor, np.ndarray)):
-                return cls.from_tensors(*tasks)
-            if all(isinstance(task, (tuple, list)) for task in tasks):
-                return cls.from_tasks(tasks)
         raise TypeError(f"cannot read tasks from {describe(tasks)}: pass {ACCEPTED}")
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -194,6 +194,12 @@ class TaskBatch:
         return self.stored()[0].device
 
     @property
+    def form(self) -> tuple:
+        """All of a batch but its numbers: what is equal in this needs one check."""
+        sx, sy, qx, qy = self.stored()
+        return self.support_sizes, self.query_sizes, self.row_shapes, sx.dtype, sy.dtype, qx.dtype, qy.dtype, sx.device
+
+    @property
     def support_offsets(self) -> Tensor:
         """int64 [tasks + 1] on the CPU: support rows of task t are support_offsets[t] to support_offsets[t + 1]."""
         return self._offsets("support", self.support_sizes)
@@ -206,7 +212,7 @@ class TaskBatch:
     def _offsets(self, part: str, sizes: tuple[int, ...]) -> Tensor:
         offsets = self._cache.get(part)
         if offsets is None:
-            offsets = self._cache[part] = _offsets_of(sizes)
+            offsets = self._cache[part] = offsets_of(sizes)
         return offsets
 
     def task(self, t: int) -> TaskTensors:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch import device as Device
 
+from fastmaml import options
 from fastmaml.batch import TaskBatch
 from fastmaml.executors import Executor, choose
 from fastmaml.executors.autograd.opaque import opaque_program, turn
@@ -48,10 +49,10 @@ class Spec(NamedTuple):
     memory: str = "constant"
     backend: str = "auto"
     record: bool = False
-    support_rows: int | None = None
     optimizer: SGD = SGD()
     meta_gradient: str | ImplicitGradient = "unrolled"
     precision: str = "high"
+    support_rows: int | None = None
 
 
 @lru_cache(maxsize=256)
@@ -104,6 +105,14 @@ class Runner:
         return {**leaves, **self.constants, **{name: self.view.model.get_buffer(name) for name in self.buffers}}
 
 
+class Bound(NamedTuple):
+    """What calls run on that ask for the same (``asked``: view, form of the tasks, options): all was checked and looked up that does not depend on numbers."""
+
+    asked: tuple
+    spec: Spec
+    runner: Runner
+
+
 class Engine:
     """Programs, Plans and executors of ``owner["model"]`` (the table of submodules of a MAML object, whose model may be replaced)."""
 
@@ -112,6 +121,7 @@ class Engine:
         self._view: ModelView | None = None
         self._programs: dict[Any, Rewritten] = {}
         self._runners: dict[Any, Runner] = {}
+        self._bound: dict[str, Bound] = {}  # the last one of each entry
         self._warned: set[str] = set()
         self.ran: str | None = None  # name of the executor that ran last
 
@@ -126,8 +136,21 @@ class Engine:
                 return view
             view = ModelView(self.owner["model"], self.adapt, self.owner["parameterisation"])
             self.rates.bind({name: view.parameters[name] for name in view.adapted})
-            self._programs, self._runners, self._view = {}, {}, view
+            self._programs, self._runners, self._bound, self._view = {}, {}, {}, view
             return view
+
+    def bound(self, view: ModelView, batch: TaskBatch, chosen: tuple) -> Bound:
+        """``chosen``: a Spec without its support_rows. Raises ValueError or TypeError for tasks that suit neither model nor loss."""
+        asked = (view, batch.form, chosen)
+        found = self._bound.get(chosen[0])
+        if found is None or found.asked != asked:
+            options.check_device(batch, view.like)
+            spec = Spec(*chosen, support_bucket(batch.support_sizes))
+            runner = self.runner(view, batch, spec)
+            options.check_inputs(batch, view.like, runner.opaque)
+            options.check_targets(batch, spec.loss, runner.output, spec.entry in ("halves", "adapt"))
+            found = self._bound[spec.entry] = Bound(asked, spec, runner)
+        return found
 
     def runner(self, view: ModelView, batch: TaskBatch, spec: Spec) -> Runner:
         """For samples like those of ``batch``."""

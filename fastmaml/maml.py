@@ -30,6 +30,7 @@ from fastmaml.watch import ModelView
 class Ran(NamedTuple):
     """A call that has run. ``parameters``: what the gradients belong to, by name."""
 
+    spec: Spec
     runner: Runner
     call: Call
     results: Results
@@ -224,25 +225,24 @@ class MAML(Trained):
 
     def runner(self, batch: TaskBatch, inner_steps: Any = None, batchnorm: Any = None, entry: str = "train") -> Runner:
         """What a call with these tasks runs on."""
-        spec = self._spec(entry, inner_steps, batchnorm, batch)[0]
-        return self._engine.runner(self._engine.view(), batch, spec)
+        chosen = self._chosen(entry, inner_steps, batchnorm)[0]
+        return self._engine.runner(self._engine.view(), batch, Spec(*chosen, support_bucket(batch.support_sizes)))
 
     def _executor(self, batch: TaskBatch, inner_steps: Any, batchnorm: Any, entry: str) -> Executor:
         return self.runner(batch, inner_steps, batchnorm, entry).executor
 
     # ------------------------------------------------------------------------------------------------- running
-    def _spec(self, entry: str, inner_steps: Any, batchnorm: Any, batch: TaskBatch | None, record: bool = False) -> tuple[Spec, list[float] | None]:
-        """What to build, and the weights of the multi-step loss at theta_0 .. theta_K."""
+    def _chosen(self, entry: str, inner_steps: Any, batchnorm: Any, record: bool = False) -> tuple[tuple, list[float] | None]:
+        """What a Spec is made of besides tasks, and the weights of the multi-step loss at theta_0 .. theta_K."""
         steps = self.inner_steps if inner_steps is None else check_count("inner_steps", inner_steps, 0)
         batchnorm = self.batchnorm if batchnorm is None else options.one_of("batchnorm", batchnorm, options.BATCHNORM)
         weights, query_from = None, None
         if self.step_loss_weights is not None and entry in ("train", "evaluate"):
             weights, query_from = options.check_step_weights(self.step_loss_weights, steps)
-        rows = None if batch is None else support_bucket(batch.support_sizes)
         optimizer = options.check_optimizer(self.inner_optimizer)
         options.check_meta_gradient(self)
-        like = (entry, steps, self.loss, batchnorm, query_from, self.first_order, self.memory, self.backend, record, rows)
-        return Spec(*like, optimizer, self.meta_gradient, self.precision), weights
+        like = (entry, steps, self.loss, batchnorm, query_from, self.first_order, self.memory, self.backend, record)
+        return (*like, optimizer, self.meta_gradient, self.precision), weights
 
     def _run(
         self,
@@ -260,15 +260,12 @@ class MAML(Trained):
         replay: Mapping | None = None,
     ) -> Ran:
         """``given``: tensors in the parameters' place. ``sinks``: add to ``.grad`` where the executor can. ``record``, ``replay``: see Call."""
-        batch = self._batch(tasks)
-        spec, step_weights = self._spec(entry, inner_steps, batchnorm, batch, record)
+        batch, view = self._batch(tasks), self._engine.view()
+        chosen, step_weights = self._chosen(entry, inner_steps, batchnorm, record)
         weights = None if task_weights is None else options.check_task_weights(task_weights, len(batch))
-        view = self._engine.view()
-        options.check_device(batch, view.like)
-        runner = self._engine.runner(view, batch, spec)
-        options.check_inputs(batch, view.like, runner.opaque)
-        read = not capturing(view.like.device)  # while a graph is captured nothing can be; the call before it has
-        options.check_targets(batch, self.loss, runner.output, entry in ("halves", "adapt"), read)
+        _, spec, runner = self._engine.bound(view, batch, chosen)
+        if spec.loss.name != "mse" and not capturing(view.like.device):  # while a graph is captured nothing can be read; the call before it has
+            options.check_labels(batch, runner.output[0], entry in ("halves", "adapt"))
         rates = self.rates.at(spec.steps, inner_lr, view)
         numbers = self._numbers(step_weights, spec, runner)
         strict = self.on_nonfinite == "raise"
@@ -283,9 +280,11 @@ class MAML(Trained):
         results = without_autocast(view.like.device, runner.executor.forward, call)
         self._engine.ran = results.executor
         self._check_finite(results)
-        return Ran(runner, call, results, view.parameters if given is None else given, prologue)
+        return Ran(spec, runner, call, results, view.parameters if given is None else given, prologue)
 
     def _numbers(self, step_weights: list[float] | None, spec: Spec, runner: Runner) -> dict[str, Tensor]:
+        if step_weights is None and self.class_weight is None and not spec.optimizer.dampens:
+            return {}
         like, numbers = runner.view.like, spec.optimizer.numbers(spec.steps)
         if step_weights is not None:
             numbers = {**numbers, "step_weights": step_weights}
@@ -301,9 +300,9 @@ class MAML(Trained):
         """``.grad`` of the parameters, to be added to natively, if each has one that is plain; else nothing (they are set afterwards)."""
         if runner.executor.name not in NATIVE or self.rates.steps not in (None, runner.plan.steps):
             return {}
-        out = {}
+        out, leaves = {}, runner.leaves
         for key, name in runner.gradients:
-            g = (runner.leaves.get(name) if name in runner.leaves else self.rates.values[name]).grad
+            g = (leaves[name] if name in leaves else self.rates.values[name]).grad
             if g is None or g.dtype is not torch.float32 or not g.is_contiguous():
                 return {}
             out[key] = g
@@ -390,7 +389,7 @@ class MAML(Trained):
     def _adapt(self, batch: TaskBatch, settings: dict[str, Any], given: Mapping[str, Tensor] | None) -> AdaptedModel:
         ran = self._run(batch, "adapt", given=given, **settings)
         view, values = ran.runner.view, ran.results.values
-        spec = Spec("predict", 0, self.loss, self._spec("adapt", None, settings["batchnorm"], None)[0].batchnorm, backend=self.backend, precision=self.precision)
+        spec = Spec("predict", 0, self.loss, ran.spec.batchnorm, backend=self.backend, precision=self.precision)
         predict = self._engine.runner(view, batch, spec)
         support_losses = values.get("loss.support")
         if support_losses is None:

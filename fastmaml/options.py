@@ -158,27 +158,31 @@ def check_inputs(batch: TaskBatch, like: Tensor, tokens: bool) -> None:
             raise TypeError(f"{name} is {x.dtype}: expected {like.dtype} (x.to({like.dtype}); bytes are converted as they are)")
 
 
-def check_targets(batch: TaskBatch, loss: Loss, output: tuple[int, ...], outer: bool, read: bool = True) -> None:
-    """Targets against loss and model; ``outer``: the query's are not ours. ``read``: the labels, once per batch object and model size."""
+def check_targets(batch: TaskBatch, loss: Loss, output: tuple[int, ...], outer: bool) -> None:
+    """Types and shapes of targets against loss and model; ``outer``: the query's are not ours."""
     row = batch.row_shapes[1]
-    if loss.name == "mse":
-        for name, y in zip(("support_y",) if outer else ("support_y", "query_y"), batch.stored()[1::2], strict=False):
+    if loss.name != "mse" and len(output) != 1:
+        raise ValueError(f"the model's output has shape {list(output)} per sample: loss='cross_entropy' needs [classes]")
+    for name, y in zip(("support_y",) if outer else ("support_y", "query_y"), batch.stored()[1::2], strict=False):
+        if loss.name == "mse":
             if not y.is_floating_point():
                 raise TypeError(f"{name} is {y.dtype}: loss='mse' needs float targets (y.float())")
             if row != output:
                 raise ValueError(f"{name} has rows of shape {list(row)}, the model's output {list(output)}: they must be equal for loss='mse'")
-        return
-    if len(output) != 1:
-        raise ValueError(f"the model's output has shape {list(output)} per sample: loss='cross_entropy' needs [classes]")
-    for name, y in (("support_y", batch.support_y),) if outer else (("support_y", batch.support_y), ("query_y", batch.query_y)):
+            continue
         if y.is_floating_point() or y.is_complex() or y.dtype is torch.bool:
             raise TypeError(f"{name} is {y.dtype}: loss='cross_entropy' needs class labels as integers (y.long())")
-        if y.dim() != 1:
-            raise ValueError(f"{name} has labels of shape {list(y.shape[1:])} per sample: expected one integer each, not one-hot rows (y.argmax(-1))")
-        version = 0 if y.is_inference() else y._version  # labels out of range would be read past the logits
-        if read and batch._cache.get(f"{name}.checked") != (version, output[0]):
-            _check_labels(batch, name, y, output[0])
-            batch._cache[f"{name}.checked"] = (version, output[0])
+        if row:
+            raise ValueError(f"{name} has labels of shape {list(row)} per sample: expected one integer each, not one-hot rows (y.argmax(-1))")
+
+
+def check_labels(batch: TaskBatch, classes: int, outer: bool) -> None:
+    """The labels themselves, once per batch object and model size: out of range they would be read past the logits."""
+    for name, y in (("support_y", batch.support_y),) if outer else (("support_y", batch.support_y), ("query_y", batch.query_y)):
+        version = 0 if y.is_inference() else y._version
+        if batch._cache.get(f"{name}.checked") != (version, classes):
+            _check_labels(batch, name, y, classes)
+            batch._cache[f"{name}.checked"] = (version, classes)
 
 
 def are_labels(y: Tensor) -> bool:

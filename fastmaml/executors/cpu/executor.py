@@ -10,12 +10,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmaml.batch import TaskBatch
+from fastmaml.batch import TaskBatch, offsets_of
 from fastmaml.executors.call import Call, Results
 from fastmaml.executors.cpu.lowering import Lowering, rows_capacity
 from fastmaml.executors.cpu.rules import native
@@ -87,6 +87,8 @@ class Prepared:
         masks = [name for name in plan.results if plan.buffers[name].kind in ("mask", "index")]
         self.results = [(at[name], name) for name in self.task_buffers if name in plan.results and name not in masks]
         self.half_of = {ref.buffer: p.half for p in plan.schedule for s in p.segments for i in plan.segments[s].instructions for ref in i.writes()}
+        found = {name: plan.buffers[name] for _, name in self.results}
+        self.arrays = {name: buffer for name, buffer in found.items() if buffer.shape and not buffer.rows}  # of each task, padded
         known = {*_DATA, *(name for _, name in (*self.leaves, *self.late, *self.results))}
         self.kept = [(at[name], name) for name in self.task_buffers if name not in known]
         shapes = {name: ((b.steps,) if b.steps else ()) + b.shape for name in self.outputs for b in (plan.buffers[name],)}
@@ -132,9 +134,8 @@ class Prepared:
 
     def shaped(self, values: dict) -> dict:
         """Cuts off padding, and slots of steps that did not run."""
-        for _, name in self.results:
-            buffer = self.plan.buffers[name]
-            if name in values and buffer.shape and not buffer.rows:
+        for name, buffer in self.arrays.items():
+            if name in values:
                 tasks, steps = len(values[name]), (buffer.steps,) if buffer.steps else ()
                 values[name] = values[name].view(tasks, *steps, -1)[..., : buffer.numel].reshape(tasks, *steps, *buffer.shape)
         for name, first in self.lowering.first_slot.items():
@@ -189,10 +190,25 @@ def _template(shape: tuple[int, ...], dtype: torch.dtype = _REAL) -> Tensor:
     return torch.empty((), dtype=dtype).as_strided(shape, strides[::-1])
 
 
+class Sized(NamedTuple):
+    """What batches of the same sizes share.
+
+    capacity   support and query rows of the largest task: key of the lowering
+    key        of the workspace: tasks, threads, rows
+    offsets    support's and query's; ``rows``: their addresses
+    """
+
+    capacity: tuple[int, int]
+    key: tuple[int, ...]
+    offsets: tuple[Tensor, Tensor]
+    rows: tuple[int, int]
+
+
 @lru_cache(maxsize=256)
-def _keys(support: tuple[int, ...], query: tuple[int, ...], threads: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Of the lowering: its capacity; of the workspace: tasks, threads, rows."""
-    return (max(support), max(query)), (len(support), threads, sum(support), sum(query))
+def _sized(support: tuple[int, ...], query: tuple[int, ...], threads: int) -> Sized:
+    offsets = offsets_of(support), offsets_of(query)
+    key = (len(support), threads, sum(support), sum(query))
+    return Sized((max(support), max(query)), key, offsets, (offsets[0].data_ptr(), offsets[1].data_ptr()))
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -242,18 +258,21 @@ class CpuExecutor:
                 self._prepared.popitem(last=False)
         return found
 
+    def _sized(self, batch: TaskBatch) -> Sized:
+        return _sized(batch.support_sizes, batch.query_sizes, self.threads or torch.get_num_threads())
+
     def memory(self, batch: TaskBatch) -> dict[str, int]:
         """Bytes that a call lays out and keeps for the next one, beside the caller's tensors and the results."""
-        capacity, key = _keys(batch.support_sizes, batch.query_sizes, self.threads or torch.get_num_threads())
-        meta, work, kept = self.prepared(*capacity).sizes(key)
+        sized = self._sized(batch)
+        meta, work, kept = self.prepared(*sized.capacity).sizes(sized.key)
         return {"parameters and gradients, packed": meta, "tasks in flight, and partial sums": work, "kept for every task": sum(kept.values())}
 
     # ------------------------------------------------------------------------------------------------------- running
     def forward(self, call: Call) -> Results:
-        batch, threads = call.batch, self.threads or torch.get_num_threads()
-        capacity, key = _keys(batch.support_sizes, batch.query_sizes, threads)
-        prepared = self.prepared(*capacity)
-        workspace = prepared.take(key)
+        batch = call.batch
+        sized = self._sized(batch)
+        prepared = self.prepared(*sized.capacity)
+        workspace = prepared.take(sized.key)
         pointers, stored, data, values = workspace.pointers, batch.stored(), {}, {}
         for i, part, dtype in prepared.data:
             data[i] = tensor = _as(stored[part], dtype)
@@ -267,12 +286,12 @@ class CpuExecutor:
             pointers[i] = tensor.data_ptr()
         finite = torch.empty_like(workspace.finite)
         gradients = self._gradients(prepared, call) if self.plan.entries == 1 else {}
-        all_finite = self._execute(prepared, call, 0, threads, workspace, gradients, finite)
+        all_finite = self._execute(prepared, call, 0, sized, workspace, gradients, finite)
         if call.record:
             values.update(prepared.masks(batch, {name: bytes[_offset(bytes) :] for name, bytes in workspace.kept.items()}))
         state = None
         if self.plan.entries == 1:
-            prepared.give_back(key, workspace)
+            prepared.give_back(sized.key, workspace)
         else:
             versions = {i: tensor._version for i, tensor in data.items()}
             state = State(call, prepared, workspace, data, versions, finite)
@@ -286,7 +305,7 @@ class CpuExecutor:
             if tensor._version != state.versions[i]:
                 name = prepared.task_buffers[i]
                 raise RuntimeError(f"{name} was changed in place between forward and backward: pass a copy to maml(...)")
-        threads = self.threads or torch.get_num_threads()
+        sized = self._sized(call.batch)
         late = {i: _as(given[name], _REAL) for i, name in prepared.late}
         values = {name: torch.empty_like(template) for _, name, template in kept.results if prepared.half_of[name] == 1}
         pointers = kept.pointers.copy()
@@ -296,20 +315,19 @@ class CpuExecutor:
             pointers[i] = tensor.data_ptr()
         gradients, finite = self._gradients(prepared, call), state.finite.clone()
         # the workspace was laid out for the forward half's threads; kept and packed arrays do not depend on them
-        work = _bytes(prepared.sizes(_keys(call.batch.support_sizes, call.batch.query_sizes, threads)[1])[1])
+        work = _bytes(prepared.sizes(sized.key)[1])
         workspace = Workspace(kept.meta, work, kept.kept, pointers, kept.results, kept.finite)
-        all_finite = self._execute(prepared, call, 1, threads, workspace, gradients, finite)
+        all_finite = self._execute(prepared, call, 1, sized, workspace, gradients, finite)
         return Results({**prepared.shaped(values), **gradients}, finite, None, self.name, all_finite)
 
-    def _execute(self, prepared: Prepared, call: Call, half: int, threads: int, w: Workspace, gradients: dict, finite: Tensor) -> bool:
+    def _execute(self, prepared: Prepared, call: Call, half: int, sized: Sized, w: Workspace, gradients: Mapping, finite: Tensor) -> bool:
         """Whether all tasks are finite."""
-        batch, weights, sinks = call.batch, call.task_weights, bool(call.sinks)
+        ways, weights, sinks = call.batch.ways, call.task_weights, bool(call.sinks)
         given = {**call.weights, **call.rates, **call.leaves}
         inputs = [_as(given[name], _REAL) for name in prepared.inputs]  # those that had to be made anew live here
         arguments = (
-            batch.support_offsets.data_ptr(),
-            batch.query_offsets.data_ptr(),
-            0 if batch.ways is None else batch.ways.data_ptr(),
+            *sized.rows,
+            0 if ways is None else ways.data_ptr(),
             0 if weights is None else weights.data_ptr(),
             call.task_weight(0) if weights is None else 1.0,
             w.pointers,
@@ -320,15 +338,14 @@ class CpuExecutor:
             *w.starts,
             finite.data_ptr(),
         )
+        tasks, threads = sized.key[:2]
         for attempt in range(3):  # see csrc/cpu/executor.h: only sums that are not finite need more than one
-            written, all_finite = _cpu.execute(prepared.native, len(batch), half, threads, attempt, *arguments)
+            written, all_finite = _cpu.execute(prepared.native, tasks, half, threads, attempt, *arguments)
             if written:
                 break
         return all_finite
 
     # ------------------------------------------------------------------------------------------------------- arrays
-    def _gradients(self, prepared: Prepared, call: Call) -> dict[str, Tensor]:
+    def _gradients(self, prepared: Prepared, call: Call) -> Mapping[str, Tensor]:
         """Where the gradients go: the caller's own arrays (added to), or new ones."""
-        if call.sinks:
-            return {name: call.sinks[name] for name in prepared.outputs if name in call.sinks}
-        return {name: torch.empty_like(template) for name, template in prepared.gradients.items()}
+        return call.sinks or {name: torch.empty_like(template) for name, template in prepared.gradients.items()}
