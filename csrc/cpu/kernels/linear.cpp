@@ -26,7 +26,7 @@ static void forward(const Call& c, const float* x1, int64_t ld1, const float* w1
         int np = 0;
         if (w1) pairs[np++] = {x1, ld1, w1 + at, width};
         if (w2) pairs[np++] = {x2, ld2, w2 + at, width};
-        product(c.n, stop - o, pairs, np, in, y + o, ldy, b ? b + o : nullptr, 0, act.at(0, o));
+        product(c.n, (stop < out ? stop : out) - o, pairs, np, in, y + o, ldy, b ? b + o : nullptr, 0, act.at(0, o));
         o = stop;
     }
 }
@@ -77,7 +77,7 @@ static void backward_input(const Call& c, const float* dy, int64_t ldy, const fl
     alignas(64) float pieces[2][kPanel * kPanel];
     for (int64_t k = s.begin * kLane, stop; k < s.end * kLane; k = stop) {
         stop = (k / kPanel + 1) * kPanel < s.end * kLane ? (k / kPanel + 1) * kPanel : s.end * kLane;
-        const int64_t cols = stop - k;
+        const int64_t cols = stop - k, real = (stop < c.sizes[0] ? stop : c.sizes[0]) - k;
         for (int64_t o = 0; o < out; o += kPanel) {
             const int64_t outs = out - o < kPanel ? out - o : kPanel;
             const Activation done = o + outs == out ? act.at(0, k) : kLinear;
@@ -86,13 +86,13 @@ static void backward_input(const Call& c, const float* dy, int64_t ldy, const fl
                 right = turned ? turned_at(c, turned, k, o) : turn(c, w, k, cols, o, outs, pieces[0]);
             if (dx) {
                 const Pair primal = {dy + o, ldy, right.w, right.ldw};
-                product(c.n, cols, &primal, 1, outs, dx + k, ldx, o ? dx + k : nullptr, ldx, done);
+                product(c.n, real, &primal, 1, outs, dx + k, ldx, o ? dx + k : nullptr, ldx, done);
             }
             Pair pairs[2] = {};
             int n = 0;
             if (dxt && dyt) pairs[n++] = {dyt + o, ldyt, right.w, right.ldw};
             if (dxt && wt) pairs[n++] = {dy + o, ldy, turn(c, wt, k, cols, o, outs, pieces[1]).w, cols};
-            if (dxt) product(c.n, cols, pairs, n, outs, dxt + k, ldxt, o ? dxt + k : nullptr, ldxt, done);
+            if (dxt) product(c.n, real, pairs, n, outs, dxt + k, ldxt, o ? dxt + k : nullptr, ldxt, done);
         }
     }
 }
@@ -153,7 +153,7 @@ static void backward_weight(const Call& c, const Outer* terms, int n_terms, floa
         const int64_t width = packed_width(panel, out);
         for (int64_t o = 0; o < width; o += kCols * VL) {
             const int64_t at = panel * kPanel * in + s.begin * width + o;
-            const int64_t cols = width - o < kCols * VL ? width - o : kCols * VL;
+            const int64_t cols = width - o < kCols * VL ? width - o : kCols * VL, left = out - panel * kPanel - o;
             int64_t r = 0;
             do {  // once even for no rows: the sum is zero then
                 const bool deep = n_terms == 1 && c.n >= kDeep / 2;
@@ -172,7 +172,7 @@ static void backward_weight(const Call& c, const Outer* terms, int n_terms, floa
                 const bool sum = deep && (r > 0 || !c.first);
                 const Epilogue e = {c.first || deep ? nullptr : dw + at, sum ? dw + at : nullptr,
                                     fused ? base + at : nullptr, fused ? scale : 1.f};
-                outer_columns(cols, s.end - s.begin, here, n_terms, rows, dw + at, width, e);
+                outer_columns(left < cols ? left : cols, s.end - s.begin, here, n_terms, rows, dw + at, width, e);
                 r += rows;
             } while (r < c.n);
         }

@@ -12,9 +12,25 @@ namespace FASTMAML_ISA {
 
 static constexpr int kCols = VL == 16 ? 4 : 2;  // vectors of a register tile: 6 x 4 zmm, or 6 x 2 ymm/xmm
 static constexpr int kRows = 6;                 // its rows; narrow tiles are taller, to keep enough FMAs under way
-static constexpr int rows_of(int vectors) {
-    return vectors == 1 ? 12 : VL == 16 && vectors == 2 ? 12 : VL == 16 && vectors == 3 ? 8 : kRows;
+static constexpr int rows_of(int vectors, bool half = false) {
+    return vectors == 1 ? 12 : VL == 16 && vectors == 2 ? 12 : VL == 16 && vectors == 3 ? (half ? 10 : 8) : kRows;
 }
+
+// The last vector of a tile of `Half` has at most VL / 2 columns that are no padding. Two rows share one register there:
+// its lower half is of the first, its upper half of the second.
+static inline bool is_half(int64_t cols) { return VL == 16 && (cols - 1) % VL < VL / 2; }  // the last vector of so many
+#if defined(__AVX512F__)
+static inline vec twice(const float* p) { return (vec)_mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
+static inline vec halves(vec low, vec high) { return (vec)_mm512_mask_blend_ps(0xff00, (__m512)low, (__m512)high); }
+static inline vec half_of(vec both, int row) {  // and zeros
+    return (vec)(row % 2 ? _mm512_zextps256_ps512(_mm512_extractf32x8_ps((__m512)both, 1))
+                         : _mm512_zextps256_ps512(_mm512_castps512_ps256((__m512)both)));
+}
+#else  // never asked for
+static inline vec twice(const float* p) { return load(p); }
+static inline vec halves(vec low, vec) { return low; }
+static inline vec half_of(vec both, int) { return both; }
+#endif
 
 static constexpr int64_t kDepth = 64;  // products in one chain; 64 x 64 weights are also what stays in L1 for all rows
 static constexpr int kMaxPairs = 16;   // of one sum, each over the same depth
@@ -26,96 +42,136 @@ struct Pair {  // one product x w of a sum of products; w is [k][ldw]
     int64_t ldw;
 };
 
-// The two below are unrolled by order: left to itself, GCC 12 takes all of acc through the stack.
-template <Gate G, bool Flat, int R, int C>
-__attribute__((always_inline)) static inline void store_tile(const vec (&acc)[R][C], float* y, int64_t ldy,
+// The sums of a tile of R x C vectors. All loops over them are unrolled by order: left to itself, GCC 12 takes all of acc
+// through the stack.
+template <int R, int C, bool Half>
+struct Tile {
+    static constexpr int kWhole = C - Half, kShared = Half ? (R + 1) / 2 : 1;
+    vec acc[R][kWhole], pairs[kShared];
+
+    __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+            for (int c = 0; c < kWhole; ++c) acc[r][c] = vec{};
+#pragma GCC unroll 16
+        for (int p = 0; p < kShared; ++p) pairs[p] = vec{};
+    }
+
+    __attribute__((always_inline)) void begin(const float* from, int64_t ld) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r, from += ld) {
+#pragma GCC unroll 16
+            for (int c = 0; c < kWhole; ++c) acc[r][c] = load(from + c * VL);
+            if (Half) pairs[r / 2] = r % 2 ? halves(pairs[r / 2], twice(from + kWhole * VL)) : twice(from + kWhole * VL);
+        }
+    }
+
+    // += x w, x [R] from one row to the next ldx, w [C vectors]. In this order, in which no more than two rows are held.
+    __attribute__((always_inline)) void add(const float* x, int64_t ldx, const float* w) {
+        vec b[C], before{};
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) b[c] = c < kWhole ? load(w + c * VL) : twice(w + c * VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const vec a = splat(x[r * ldx]);
+#pragma GCC unroll 16
+            for (int c = 0; c < kWhole; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
+            if (Half && (r % 2 || r == R - 1)) pairs[r / 2] = fma(r % 2 ? halves(before, a) : a, b[C - 1], pairs[r / 2]);
+            before = a;
+        }
+    }
+
+    __attribute__((always_inline)) vec at(int r, int c) const { return c < kWhole ? acc[r][c] : half_of(pairs[r / 2], r); }
+};
+
+static constexpr float kZeros[4 * 16] = {};  // a row for those without one
+
+template <Gate G, bool Flat, int R, int C, bool Half>
+__attribute__((always_inline)) static inline void store_tile(const Tile<R, C, Half>& t, float* y, int64_t ldy,
                                                              const float* init, int64_t ld_init, Activation act) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r, y += ldy, init += ld_init, act = act.at(1, 0))
 #pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) {
-            const vec sum = init ? load(init + r * ld_init + c * VL) + acc[r][c] : acc[r][c];
-            store(y + r * ldy + c * VL, act.apply<G, Flat>(sum, r, c * VL));
-        }
+        for (int c = 0; c < C; ++c) store(y + c * VL, act.apply<G, Flat>(load(init + c * VL) + t.at(r, c), 0, c * VL));
 }
 
 // y[R][C vectors] = act(init + sum over pairs of x w), in registers: from row `row` of the x, column `col` of the w on.
 // init: one row for all (ld_init 0), a row each, or null for zero.
-template <int R, int C>
+template <int R, int C, bool Half>
 static inline void tile(const Pair* pairs, int n_pairs, int64_t k, int64_t row, int64_t col, float* y, int64_t ldy,
                         const float* init, int64_t ld_init, const Activation& act) {
-    vec acc[R][C];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) acc[r][c] = vec{};
+    Tile<R, C, Half> t;
+    t.clear();
     for (int p = 0; p < n_pairs; ++p) {
         const int64_t ldx = pairs[p].ldx, ldw = pairs[p].ldw;
         const float *x = pairs[p].x + row * ldx, *w = pairs[p].w + col;
-        for (int64_t i = 0; i < k; ++i, w += ldw) {
-            vec b[C];
-#pragma GCC unroll 16
-            for (int c = 0; c < C; ++c) b[c] = load(w + c * VL);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                const vec a = splat(x[r * ldx + i]);
-#pragma GCC unroll 16
-                for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
-            }
-        }
+        for (int64_t i = 0; i < k; ++i, w += ldw) t.add(x + i, ldx, w);
     }
+    if (!init) init = kZeros, ld_init = 0;
     const bool flat = act.slope == 0.f;  // asked here, and not by with_gate: its closure would take acc through memory
     if (act.gate == Gate::kNone)
-        store_tile<Gate::kNone, true, R, C>(acc, y, ldy, init, ld_init, act);
+        store_tile<Gate::kNone, true>(t, y, ldy, init, ld_init, act);
     else if (act.gate == Gate::kMake)
-        flat ? store_tile<Gate::kMake, true, R, C>(acc, y, ldy, init, ld_init, act)
-             : store_tile<Gate::kMake, false, R, C>(acc, y, ldy, init, ld_init, act);
+        flat ? store_tile<Gate::kMake, true>(t, y, ldy, init, ld_init, act)
+             : store_tile<Gate::kMake, false>(t, y, ldy, init, ld_init, act);
     else
-        flat ? store_tile<Gate::kApply, true, R, C>(acc, y, ldy, init, ld_init, act)
-             : store_tile<Gate::kApply, false, R, C>(acc, y, ldy, init, ld_init, act);
+        flat ? store_tile<Gate::kApply, true>(t, y, ldy, init, ld_init, act)
+             : store_tile<Gate::kApply, false>(t, y, ldy, init, ld_init, act);
 }
 
-template <int R, int C>
+template <int R, int C, bool Half>
 static inline void tile_rows(int64_t rows, const Pair* p, int np, int64_t k, int64_t row, int64_t col, float* y,
                              int64_t ldy, const float* init, int64_t ldi, const Activation& act) {
-    if (rows >= R) return tile<R, C>(p, np, k, row, col, y, ldy, init, ldi, act);
-    if constexpr (R > 1) tile_rows<R - 1, C>(rows, p, np, k, row, col, y, ldy, init, ldi, act);
+    if (rows >= R) return tile<R, C, Half>(p, np, k, row, col, y, ldy, init, ldi, act);
+    if constexpr (R > 1) tile_rows<R - 1, C, Half>(rows, p, np, k, row, col, y, ldy, init, ldi, act);
 }
 
 // All rows of a column of tiles: full tiles, then what is left in one smaller tile.
-template <int C>
+template <int C, bool Half>
 static void column(int64_t n, const Pair* pairs, int n_pairs, int64_t k, int64_t col, float* y, int64_t ldy,
                    const float* init, int64_t ld_init, const Activation& act) {
-    constexpr int R = rows_of(C);
+    constexpr int R = rows_of(C, Half);
     for (int64_t r = 0; r < n;) {
         const int64_t left = n - r, rows = left >= R ? (left < 2 * R && left > R ? (left + 1) / 2 : R)
                                                      : left;  // 10 = 5 + 5, not 8 + 2
-        tile_rows<R, C>(rows, pairs, n_pairs, k, r, col, y + r * ldy, ldy, init ? init + r * ld_init : nullptr, ld_init,
-                        act.at(r, 0));
+        tile_rows<R, C, Half>(rows, pairs, n_pairs, k, r, col, y + r * ldy, ldy, init ? init + r * ld_init : nullptr,
+                              ld_init, act.at(r, 0));
         r += rows;
     }
 }
 
-// y[n][cols] = act(init + sum of pairs), each over k products, for cols (a multiple of kLane) columns that lie together
-// in w. For k = 0, too: then y is init.
+template <int C>
+static inline void column(bool half, int64_t n, const Pair* pairs, int n_pairs, int64_t k, int64_t col, float* y,
+                          int64_t ldy, const float* init, int64_t ld_init, const Activation& act) {
+    if constexpr (VL == 16 && C > 1)
+        if (half) return column<C, true>(n, pairs, n_pairs, k, col, y, ldy, init, ld_init, act);
+    column<C, false>(n, pairs, n_pairs, k, col, y, ldy, init, ld_init, act);
+}
+
+// y[n][cols] = act(init + sum of pairs), each over k products, for columns that lie together in w. All rows are padded
+// to whole lanes, those of w with zeros. For k = 0, too: then y is init.
 static inline void columns(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
                            const float* init, int64_t ld_init, const Activation& act) {
-    for (int64_t c = 0; c < cols; c += kCols * VL) {
-        const int vectors = static_cast<int>((cols - c < kCols * VL ? cols - c : kCols * VL) / VL);
+    const int64_t padded = pad_lane(cols);
+    for (int64_t c = 0; c < padded; c += kCols * VL) {
+        const bool end = padded - c <= kCols * VL, half = end && is_half(cols);
+        const int vectors = static_cast<int>((end ? padded - c : kCols * VL) / VL);
         const float* from = init ? init + c : nullptr;
+        const Activation here = act.at(0, c);
         switch (vectors) {
             case 1:
-                column<1>(n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, act.at(0, c));
+                column<1>(half, n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, here);
                 break;
             case 2:
-                column<2>(n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, act.at(0, c));
+                column<2>(half, n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, here);
                 break;
 #if defined(__AVX512F__)
             case 3:
-                column<3>(n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, act.at(0, c));
+                column<3>(half, n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, here);
                 break;
             default:
-                column<4>(n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, act.at(0, c));
+                column<4>(half, n, pairs, n_pairs, k, c, y + c, ldy, from, ld_init, here);
                 break;
 #endif
         }
@@ -218,75 +274,83 @@ struct Epilogue {       // what is stored: acc, or base + scale acc
     float scale;
 };
 
-// Unrolled by order: left to itself, GCC 12 takes all of acc through the stack before and after the sum.
-template <int R, int C>
+template <int R, int C, bool Half>
 static inline void outer_tile(const Outer* terms, int n_terms, int64_t n, int64_t k, float* dw, int64_t ldw,
                               const Epilogue& e) {
-    vec acc[R][C];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) acc[r][c] = e.from ? load(e.from + r * ldw + c * VL) : vec{};
+    Tile<R, C, Half> sums;
+    e.from ? sums.begin(e.from, ldw) : sums.clear();
     for (int t = 0; t < n_terms; ++t) {
         for (int64_t line = 0; line < terms[t].lines; ++line) {
             const float *x = terms[t].x + k + line * terms[t].x_line, *d = terms[t].d + line * terms[t].d_line;
-            for (int64_t i = 0; i < n; ++i, x += terms[t].ldx, d += terms[t].ldd) {
-                vec b[C];
-#pragma GCC unroll 16
-                for (int c = 0; c < C; ++c) b[c] = load(d + c * VL);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) {
-                    const vec a = splat(x[r]);
-#pragma GCC unroll 16
-                    for (int c = 0; c < C; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
-                }
-            }
+            for (int64_t i = 0; i < n; ++i, x += terms[t].ldx, d += terms[t].ldd) sums.add(x, 1, d);
         }
     }
     const vec scale = splat(e.scale);
+    const float *plus = e.plus, *base = e.base;
+    if (!plus && !base) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r, dw += ldw)
 #pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) {
-            const int64_t at = r * ldw + c * VL;
-            const vec sum = e.plus ? load(e.plus + at) + acc[r][c] : acc[r][c];
-            store(dw + at, e.base ? fma(scale, sum, load(e.base + at)) : sum);
-        }
-}
-
-template <int R, int C>
-static inline void outer_rows(int64_t rows, const Outer* t, int nt, int64_t n, int64_t k, float* dw, int64_t ldw,
-                              const Epilogue& e) {
-    if (rows >= R) return outer_tile<R, C>(t, nt, n, k, dw, ldw, e);
-    if constexpr (R > 1) outer_rows<R - 1, C>(rows, t, nt, n, k, dw, ldw, e);
-}
-
-// The rows [0, inputs) of one column of tiles of dw.
-template <int C>
-static void outer_column(int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw,
-                         const Epilogue& e) {
-    constexpr int R = rows_of(C);
-    for (int64_t k = 0; k < inputs; k += R) {
-        const Epilogue at = {e.from ? e.from + k * ldw : nullptr, e.plus ? e.plus + k * ldw : nullptr,
-                             e.base ? e.base + k * ldw : nullptr, e.scale};
-        outer_rows<R, C>(inputs - k < R ? inputs - k : R, terms, n_terms, n, k, dw + k * ldw, ldw, at);
+            for (int c = 0; c < C; ++c) store(dw + c * VL, sums.at(r, c));
+    } else if (!plus) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r, dw += ldw, base += ldw)
+#pragma GCC unroll 16
+            for (int c = 0; c < C; ++c) store(dw + c * VL, fma(scale, sums.at(r, c), load(base + c * VL)));
+    } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r, dw += ldw, plus += ldw, base += base ? ldw : 0)
+#pragma GCC unroll 16
+            for (int c = 0; c < C; ++c) {
+                const vec sum = load(plus + c * VL) + sums.at(r, c);
+                store(dw + c * VL, base ? fma(scale, sum, load(base + c * VL)) : sum);
+            }
     }
 }
 
-// One column of tiles of dw over up to kDeep rows of the batch, dispatched by its width.
-static inline void outer_columns(int64_t width, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw,
+template <int R, int C, bool Half>
+static inline void outer_rows(int64_t rows, const Outer* t, int nt, int64_t n, int64_t k, float* dw, int64_t ldw,
+                              const Epilogue& e) {
+    if (rows >= R) return outer_tile<R, C, Half>(t, nt, n, k, dw, ldw, e);
+    if constexpr (R > 1) outer_rows<R - 1, C, Half>(rows, t, nt, n, k, dw, ldw, e);
+}
+
+// The rows [0, inputs) of one column of tiles of dw.
+template <int C, bool Half>
+static void outer_column(int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw, int64_t ldw,
+                         const Epilogue& e) {
+    constexpr int R = rows_of(C, Half);
+    for (int64_t k = 0; k < inputs; k += R) {
+        const Epilogue at = {e.from ? e.from + k * ldw : nullptr, e.plus ? e.plus + k * ldw : nullptr,
+                             e.base ? e.base + k * ldw : nullptr, e.scale};
+        outer_rows<R, C, Half>(inputs - k < R ? inputs - k : R, terms, n_terms, n, k, dw + k * ldw, ldw, at);
+    }
+}
+
+template <int C>
+static inline void outer_column(bool half, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw,
+                                int64_t ldw, const Epilogue& e) {
+    if constexpr (VL == 16 && C > 1)
+        if (half) return outer_column<C, true>(inputs, terms, n_terms, n, dw, ldw, e);
+    outer_column<C, false>(inputs, terms, n_terms, n, dw, ldw, e);
+}
+
+// One column of tiles of dw over up to kDeep rows of the batch, dispatched by its width: `cols` columns, whose rows are
+// padded with zeros.
+static inline void outer_columns(int64_t cols, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw,
                                  int64_t ldw, const Epilogue& e) {
-    switch (width / VL) {
+    const bool half = is_half(cols);
+    switch (pad_lane(cols) / VL) {
         case 1:
-            return outer_column<1>(inputs, terms, n_terms, n, dw, ldw, e);
+            return outer_column<1>(half, inputs, terms, n_terms, n, dw, ldw, e);
 #if defined(__AVX512F__)
         case 3:
-            return outer_column<3>(inputs, terms, n_terms, n, dw, ldw, e);
+            return outer_column<3>(half, inputs, terms, n_terms, n, dw, ldw, e);
         case 4:
-            return outer_column<4>(inputs, terms, n_terms, n, dw, ldw, e);
+            return outer_column<4>(half, inputs, terms, n_terms, n, dw, ldw, e);
 #endif
         default:
-            return outer_column<2>(inputs, terms, n_terms, n, dw, ldw, e);
+            return outer_column<2>(half, inputs, terms, n_terms, n, dw, ldw, e);
     }
 }
 
