@@ -16,8 +16,8 @@ static constexpr int rows_of(int vectors, bool half = false) {
     return vectors == 1 ? 12 : VL == 16 && vectors == 2 ? 12 : VL == 16 && vectors == 3 ? (half ? 10 : 8) : kRows;
 }
 
-// The last vector of a tile of `Half` has at most VL / 2 columns that are no padding. Two rows share one register there:
-// its lower half is of the first, its upper half of the second.
+// The last vector of a tile of `Half` has at most VL / 2 columns that are no padding. Two rows share one register
+// there: its lower half is of the first, its upper half of the second.
 static inline bool is_half(int64_t cols) { return VL == 16 && (cols - 1) % VL < VL / 2; }  // the last vector of so many
 #if defined(__AVX512F__)
 static inline vec twice(const float* p) { return (vec)_mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
@@ -42,8 +42,8 @@ struct Pair {  // one product x w of a sum of products; w is [k][ldw]
     int64_t ldw;
 };
 
-// The sums of a tile of R x C vectors. All loops over them are unrolled by order: left to itself, GCC 12 takes all of acc
-// through the stack.
+// The sums of a tile of R x C vectors. All loops over them are unrolled by order: left to itself, GCC 12 takes all of
+// acc through the stack.
 template <int R, int C, bool Half>
 struct Tile {
     static constexpr int kWhole = C - Half, kShared = Half ? (R + 1) / 2 : 1;
@@ -63,11 +63,13 @@ struct Tile {
         for (int r = 0; r < R; ++r, from += ld) {
 #pragma GCC unroll 16
             for (int c = 0; c < kWhole; ++c) acc[r][c] = load(from + c * VL);
-            if (Half) pairs[r / 2] = r % 2 ? halves(pairs[r / 2], twice(from + kWhole * VL)) : twice(from + kWhole * VL);
+            if (Half)
+                pairs[r / 2] = r % 2 ? halves(pairs[r / 2], twice(from + kWhole * VL)) : twice(from + kWhole * VL);
         }
     }
 
-    // += x w, x [R] from one row to the next ldx, w [C vectors]. In this order, in which no more than two rows are held.
+    // += x w, x [R] from one row to the next ldx, w [C vectors]. In this order, in which no more than two rows are
+    // held.
     __attribute__((always_inline)) void add(const float* x, int64_t ldx, const float* w) {
         vec b[C], before{};
 #pragma GCC unroll 16
@@ -77,12 +79,15 @@ struct Tile {
             const vec a = splat(x[r * ldx]);
 #pragma GCC unroll 16
             for (int c = 0; c < kWhole; ++c) acc[r][c] = fma(a, b[c], acc[r][c]);
-            if (Half && (r % 2 || r == R - 1)) pairs[r / 2] = fma(r % 2 ? halves(before, a) : a, b[C - 1], pairs[r / 2]);
+            if (Half && (r % 2 || r == R - 1))
+                pairs[r / 2] = fma(r % 2 ? halves(before, a) : a, b[C - 1], pairs[r / 2]);
             before = a;
         }
     }
 
-    __attribute__((always_inline)) vec at(int r, int c) const { return c < kWhole ? acc[r][c] : half_of(pairs[r / 2], r); }
+    __attribute__((always_inline)) vec at(int r, int c) const {
+        return c < kWhole ? acc[r][c] : half_of(pairs[r / 2], r);
+    }
 };
 
 static constexpr float kZeros[4 * 16] = {};  // a row for those without one
@@ -200,8 +205,40 @@ static inline void product(int64_t n, int64_t cols, const Pair* pairs, int n_pai
 // ---------------------------------------------------------------------------------------------------- transpose
 // Up to 16 x 16, columns in fours: dst[j][i] = src[i][j] for j < cols, zero for i >= rows
 #if defined(__AVX512F__)
+// to[4]: of four rows in each lane, lane by lane
+static inline void transpose_lanes(const __m512 (&a)[4], __m512 (&to)[4]) {
+    const __m512d lo0 = _mm512_castps_pd(_mm512_unpacklo_ps(a[0], a[1])),
+                  lo1 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2], a[3]));
+    const __m512d hi0 = _mm512_castps_pd(_mm512_unpackhi_ps(a[0], a[1])),
+                  hi1 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2], a[3]));
+    to[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo0, lo1));
+    to[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo0, lo1));
+    to[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(hi0, hi1));
+    to[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(hi0, hi1));
+}
+
 static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, int64_t cols, float* dst, int64_t ldd) {
-    for (int64_t j = 0; j < cols; j += 4) {
+    int64_t j = 0;
+    for (; j + 8 <= cols; j += 8) {  // eight columns of two rows in a register
+        __m512 a[2][4], b[2][4];
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                const int row = 8 * h + i;
+                const float* at = src + row * lds + j;
+                a[h][i] = row < rows ? _mm512_zextps256_ps512(_mm256_loadu_ps(at)) : _mm512_setzero_ps();
+                if (row + 4 < rows) a[h][i] = _mm512_insertf32x8(a[h][i], _mm256_loadu_ps(at + 4 * lds), 1);
+            }
+        transpose_lanes(a[0], b[0]);
+        transpose_lanes(a[1], b[1]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            _mm512_storeu_ps(dst + (j + i) * ldd, _mm512_shuffle_f32x4(b[0][i], b[1][i], 0x88));
+            _mm512_storeu_ps(dst + (j + i + 4) * ldd, _mm512_shuffle_f32x4(b[0][i], b[1][i], 0xdd));
+        }
+    }
+    for (; j < cols; j += 4) {
         __m512 a[4], b[4];
         for (int i = 0; i < 4; ++i) {  // lane l of a[i]: columns j.. of row 4l + i, so that only lanes are transposed
             const float* at = src + i * lds + j;
@@ -210,15 +247,8 @@ static inline void transpose_tile(const float* src, int64_t lds, int64_t rows, i
             if (8 + i < rows) a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x0f00, _mm_loadu_ps(at + 8 * lds));
             if (12 + i < rows) a[i] = _mm512_mask_broadcast_f32x4(a[i], 0xf000, _mm_loadu_ps(at + 12 * lds));
         }
-        for (int i = 0; i < 4; i += 2) {
-            b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-            b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < 2; ++i) {
-            const __m512d lo = _mm512_castps_pd(b[i]), hi = _mm512_castps_pd(b[i + 2]);
-            _mm512_storeu_ps(dst + (j + 2 * i) * ldd, _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi)));
-            _mm512_storeu_ps(dst + (j + 2 * i + 1) * ldd, _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi)));
-        }
+        transpose_lanes(a, b);
+        for (int i = 0; i < 4; ++i) _mm512_storeu_ps(dst + (j + i) * ldd, b[i]);
     }
 }
 #else
