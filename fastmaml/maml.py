@@ -329,7 +329,8 @@ class MAML(Trained):
     @staticmethod
     def _gradients(ran: Ran, results: Results, trained: list[tuple[str, Tensor]], penalty: bool = True) -> list[tuple[Tensor, Tensor | None]]:
         """(parameter or rate, its gradient) of what is trained; None where torch would give none."""
-        found = [(p, gradient_of(results, key, p)) for key, p in trained]
+        values = results.values
+        found = [(p, gradient_of(values.get(key), p)) for key, p in trained]
         if ran.prologue is None:
             return found
         more = ran.prologue.pull_back(results, ran.call, [p for _, p in trained], penalty)

@@ -70,8 +70,10 @@ class MetaOutput:
         if losses.dim() == 2:  # [tasks, steps + 1]: the multi-step loss
             self._values["loss.query"] = losses = losses @ call.weights["step_weights"][-losses.shape[1] :]
         kept = losses if call.strict or all_finite else torch.where(self.finite.to(losses.device), losses, 0.0)
-        weights = _uniform(len(kept), kept.dtype, kept.device) if call.task_weights is None else _weights(tuple(call.task_weights.tolist()), kept.dtype, kept.device)
-        keep_for_graph(kept.device, weights)
+        like = kept.dtype, kept.device
+        weights = _uniform(kept.shape[0], *like) if call.task_weights is None else _weights(tuple(call.task_weights.tolist()), *like)
+        if kept.is_cuda:
+            keep_for_graph(kept.device, weights)
         return torch.dot(kept, weights)
 
     def _guard(self, name: str) -> Tensor | None:
@@ -121,9 +123,8 @@ def per_task(rows: Tensor, sizes: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
     return rows.split(list(sizes))
 
 
-def gradient_of(results: Results, key: str, parameter: Tensor) -> Tensor | None:
+def gradient_of(g: Tensor | None, parameter: Tensor) -> Tensor | None:
     """None where torch would give none. Rates of steps that did not run get zeros."""
-    g = results.values.get(key)
     if g is not None and g.numel() != parameter.numel():
         g = torch.cat([g, torch.zeros_like(parameter[len(g) :])])
     return g
