@@ -39,7 +39,8 @@ std::vector<T*> pointers(const py::list& addresses) {
 std::pair<bool, bool> execute(const fastmaml::Plan& plan, int64_t tasks, int half, int threads, int attempt,
                               int64_t support_rows, int64_t query_rows, int64_t ways, int64_t task_weights,
                               double uniform_weight, const py::list& task_buffers, const py::list& inputs,
-                              const py::list& outputs, bool add_to_outputs, bool strict, int64_t meta, int64_t work, int64_t finite) {
+                              const py::list& outputs, bool add_to_outputs, bool strict, int64_t meta, int64_t work,
+                              int64_t finite) {
     fastmaml::Run run;
     run.tasks = tasks;
     run.half = half;

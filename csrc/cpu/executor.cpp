@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -33,13 +34,26 @@ Shape shape_of(const Plan& plan, int64_t tasks, int threads) {
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static int64_t team_bytes(const Plan& plan, int members) {
+// A Plan whose weights are small: every thread packs them for itself and waits for nobody to wake up; the first does
+// all else that is not a task.
+static bool is_small(const Plan& plan, const Shape& shape) {
+    for (const Phase& phase : plan.phases)
+        if (phase.scope == Scope::kBatch) return false;
+    return shape.team == 1 && plan.meta_bytes <= 256 * 1024;
+}
+
+// The arena of a team: what its tasks hold, what its members share, scratch of each, and packed weights of its own.
+static int64_t own_meta_at(const Plan& plan, int members) {
     return aligned(plan.run_bytes) + aligned(plan.shared_bytes) + members * aligned(plan.scratch_bytes);
+}
+
+static int64_t team_bytes(const Plan& plan, const Shape& shape) {
+    return own_meta_at(plan, shape.team) + (is_small(plan, shape) ? aligned(plan.meta_bytes) : 0);
 }
 
 int64_t work_bytes(const Plan& plan, int64_t tasks, int threads) {
     const Shape s = shape_of(plan, tasks, threads);
-    return s.workers * team_bytes(plan, s.team) + s.chunks * aligned(plan.accumulator_floats * 4);
+    return s.workers * team_bytes(plan, s) + s.chunks * aligned(plan.accumulator_floats * 4);
 }
 
 static bool losses_finite(const Worker& w) {
@@ -76,8 +90,10 @@ static void accumulate(const Worker& w, float* acc, bool& begun) {
         for (const Weighted& rows : plan.weighted)
             finite = finite && all_finite(static_cast<float*>(address(rows.at, w, 0, 0)),
                                           extent(rows.rows, w.task) * rows.floats);
-    w.run->finite[w.task.index] = finite;
-    if (!finite) return;
+    if (!finite) {
+        w.run->finite[w.task.index] = false;
+        return;
+    }
     for (const Weighted& rows : plan.weighted) {
         float* at = static_cast<float*>(address(rows.at, w, 0, 0));
         if (f != 1.f) add_scaled(*w.tier, nullptr, at, f, at, extent(rows.rows, w.task) * rows.floats);
@@ -91,9 +107,9 @@ static void accumulate(const Worker& w, float* acc, bool& begun) {
 }
 
 // The phases outside the tasks: before them, or after.
-static void run_outside(Shared& s, bool after, int me, int n) {
+static void run_outside(Shared& s, char* meta, bool after, int me, int n) {
     Barrier alone(1);
-    Worker w{&s.plan, &s.run, &s.tier, Task{}, &alone, 0, 1, {nullptr, s.run.meta, nullptr}};
+    Worker w{&s.plan, &s.run, &s.tier, Task{}, &alone, 0, 1, {nullptr, meta, nullptr}};
     bool tasks_seen = false;
     for (const Phase& phase : s.plan.phases) {
         if (phase.scope == Scope::kTask) tasks_seen = true;
@@ -107,7 +123,7 @@ static void run_outside(Shared& s, bool after, int me, int n) {
 }
 
 static float* accumulator(const Shared& s, int64_t chunk) {
-    char* at = s.run.work + s.shape.workers * team_bytes(s.plan, s.shape.team);
+    char* at = s.run.work + s.shape.workers * team_bytes(s.plan, s.shape);
     return reinterpret_cast<float*>(at + chunk * aligned(s.plan.accumulator_floats * 4));
 }
 
@@ -117,13 +133,15 @@ static void merge(const Shared& s, int64_t c, int64_t width, int64_t begin, int6
     add_scaled(s.tier, sum, accumulator(s, c + width) + begin, 1.f, sum, n);
 }
 
-// Chunk c is done: what is complete with it is summed, in a tree that is always the same. True: that was all.
+// Chunk c is done: what is complete with it is summed, in a tree that is always the same. True: that was all, but the
+// sum of the two halves of the tree (see `reduce`).
 static bool join(Shared& s, int64_t c) {
     for (int64_t width = 1; width < s.shape.chunks; width *= 2) {
         c -= c % (2 * width);
         if (c + width >= s.shape.chunks) continue;  // no right half
         if (s.arrived[c + width].value.fetch_add(1, std::memory_order_acq_rel) == 0) return false;
-        if (s.run.half == s.plan.halves - 1) merge(s, c, width, 0, s.plan.accumulator_floats);
+        const bool top = 2 * width >= s.shape.chunks;
+        if (s.run.half == s.plan.halves - 1 && !top) merge(s, c, width, 0, s.plan.accumulator_floats);
     }
     return true;
 }
@@ -140,10 +158,10 @@ static int64_t next_chunk(Shared& s, int team) {
     return chunks;
 }
 
-static void run_tasks(Shared& s, int team, int part) {
+static void run_tasks(Shared& s, char* meta, int team, int part) {
     Worker w{&s.plan, &s.run, &s.tier, Task{}, s.teams[team].get(), part, s.shape.team, {}};
-    char* arena = s.run.work + team * team_bytes(s.plan, s.shape.team);
-    w.base = {nullptr, s.run.meta, arena};
+    char* arena = s.run.work + team * team_bytes(s.plan, s.shape);
+    w.base = {nullptr, meta, arena};
     arena += aligned(s.plan.run_bytes);
     w.shared = reinterpret_cast<float*>(arena);
     w.scratch = reinterpret_cast<float*>(arena + aligned(s.plan.shared_bytes) + part * aligned(s.plan.scratch_bytes));
@@ -163,8 +181,8 @@ static void run_tasks(Shared& s, int team, int part) {
             if (part == 0) {
                 if (sums)
                     accumulate(w, accumulator(s, chunk), begun);
-                else
-                    s.run.finite[t] = losses_finite(w);
+                else if (!losses_finite(w))
+                    s.run.finite[t] = false;
             }
             w.barrier->wait();
         }
@@ -185,8 +203,8 @@ static void reduce(Shared& s, int part, int parts) {
         const int64_t lanes = r.count / kLane, end = lanes * (part + 1) / parts * kLane;
         for (int64_t i = lanes * part / parts * kLane; i < end; i += kPiece) {
             const int64_t n = end - i < kPiece ? end - i : kPiece;
-            if (!s.small)
-                for (int64_t width = 1; width < s.shape.chunks; width *= 2)
+            for (int64_t width = 1; width < s.shape.chunks; width *= 2)
+                if (!s.small || 2 * width >= s.shape.chunks)
                     for (int64_t c = 0; c + width < s.shape.chunks; c += 2 * width) merge(s, c, width, r.offset + i, n);
             std::memcpy(out + i, accumulator(s, 0) + r.offset + i, n * sizeof(float));
             if (!all_finite(out + i, n)) s.finite.store(false);
@@ -201,50 +219,49 @@ static void deliver(Shared& s, int me, int n) {
         for (int64_t t = 0; t < s.run.tasks; ++t)
             if (!s.run.finite[t]) return;
     for (size_t i = 0; i < s.plan.outputs.size(); ++i)
-        if (s.run.outputs[i]) unpack(s.plan.outputs[i], s.run.outputs[i], s.run.add_to_outputs, s.run, s.tier, me, n);
+        if (s.run.outputs[i])
+            unpack(s.plan.outputs[i], s.run.outputs[i], s.run.add_to_outputs, s.run.meta, s.tier, me, n);
 }
 
-static void pack_inputs(Shared& s, int me, int n) {
+static void pack_inputs(Shared& s, char* meta, int me, int n) {
     if (s.run.half == 0)
-        for (size_t i = 0; i < s.plan.inputs.size(); ++i) pack(s.plan.inputs[i], s.run.inputs[i], s.run, s.tier, me, n);
+        for (size_t i = 0; i < s.plan.inputs.size(); ++i) pack(s.plan.inputs[i], s.run.inputs[i], meta, s.tier, me, n);
 }
 
 // Every thread does its share of everything, with barriers between.
 static void run_thread(Shared& s, int me, int n) {
-    pack_inputs(s, me, n);
+    pack_inputs(s, s.run.meta, me, n);
     s.all->wait();
-    run_outside(s, false, me, n);
-    if (me / s.shape.team < s.shape.workers) run_tasks(s, me / s.shape.team, me % s.shape.team);
+    run_outside(s, s.run.meta, false, me, n);
+    if (me / s.shape.team < s.shape.workers) run_tasks(s, s.run.meta, me / s.shape.team, me % s.shape.team);
     s.all->wait();
     if (s.run.half != s.plan.halves - 1) return;
     reduce(s, me, n);
     s.all->wait();
-    run_outside(s, true, me, n);
+    run_outside(s, s.run.meta, true, me, n);
     deliver(s, me, n);
 }
 
-// A Plan whose weights are small: the first thread does all that is not a task, and waits for nobody to wake up; the
-// others help with the tasks.
-static bool is_small(const Plan& plan, const Shape& shape) {
-    for (const Phase& phase : plan.phases)
-        if (phase.scope == Scope::kBatch) return false;
-    return shape.team == 1 && plan.meta_bytes <= 256 * 1024;
-}
-
+// Where two threads may be far apart a line that goes from one to the other costs as much as an instruction of a task:
+// so little goes. Only the weights of a reverse half come from the half before.
 static void run_small(Shared& s, int me) {
-    if (me == 0) {
-        pack_inputs(s, 0, 1);
-        run_outside(s, false, 0, 1);
-        s.ready.store(true, std::memory_order_release);
-    } else {
-        spin_until([&] { return s.ready.load(std::memory_order_acquire); });
+    if (me >= s.shape.workers) return;
+    const bool own = me > 0 && s.run.half == 0;
+    char* meta = own ? s.run.work + me * team_bytes(s.plan, s.shape) + own_meta_at(s.plan, s.shape.team) : s.run.meta;
+    if (own || me == 0) {
+        pack_inputs(s, meta, 0, 1);
+        run_outside(s, meta, false, 0, 1);
     }
-    if (me < s.shape.workers) run_tasks(s, me, 0);
+    if (me == 0)
+        s.ready.store(true, std::memory_order_release);
+    else if (!own)
+        spin_until([&] { return s.ready.load(std::memory_order_acquire); });
+    run_tasks(s, meta, me, 0);
     if (me != 0) return;
     spin_until([&] { return s.summed.load(std::memory_order_acquire); });
     if (s.run.half != s.plan.halves - 1) return;
     reduce(s, 0, 1);
-    run_outside(s, true, 0, 1);
+    run_outside(s, meta, true, 0, 1);
     deliver(s, 0, 1);
 }
 
@@ -257,6 +274,7 @@ bool execute(const Plan& plan, const Run& run, const Tier& tier) {
 #else
     const int threads = 1;
 #endif
+    if (run.half == 0 && !run.exclude) std::fill_n(run.finite, run.tasks, true);  // tasks only clear their own
     Shared s{plan, run, tier};
     auto prepare = [&](int given, int meet) {  // the workspace is laid out for run.threads; fewer may have come
         s.shape = shape_of(plan, run.tasks, given);

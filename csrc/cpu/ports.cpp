@@ -30,9 +30,9 @@ static void pack_turned(const Port& port, const float* from, float* to, int part
     }
 }
 
-void pack(const Port& port, const float* from, const Run& run, const Tier& tier, int part, int parts) {
+void pack(const Port& port, const float* from, char* meta, const Tier& tier, int part, int parts) {
     for (int64_t k = 0; k < port.steps; ++k) {
-        float* to = reinterpret_cast<float*>(run.meta + port.offset + k * port.step_stride);
+        float* to = reinterpret_cast<float*>(meta + port.offset + k * port.step_stride);
         const float* src = from + k * port.rows * port.cols;
         if (port.layout == Layout::kPacked) {
             move(kId_pack_fwd, port, const_cast<float*>(src), to, false, tier, part, parts);
@@ -46,9 +46,9 @@ void pack(const Port& port, const float* from, const Run& run, const Tier& tier,
     }
 }
 
-void unpack(const Port& port, float* to, bool add, const Run& run, const Tier& tier, int part, int parts) {
+void unpack(const Port& port, float* to, bool add, char* meta, const Tier& tier, int part, int parts) {
     for (int64_t k = 0; k < port.steps; ++k) {
-        float* from = reinterpret_cast<float*>(run.meta + port.offset + k * port.step_stride);
+        float* from = reinterpret_cast<float*>(meta + port.offset + k * port.step_stride);
         const int64_t n = port.rows * port.cols;
         float* out = to + k * n;
         if (port.layout == Layout::kPacked) {

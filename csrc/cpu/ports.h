@@ -4,9 +4,9 @@
 
 namespace fastmaml {
 
-void pack(const Port& port, const float* from, const Run& run, const Tier& tier, int part, int parts);
+void pack(const Port& port, const float* from, char* meta, const Tier& tier, int part, int parts);
 
 // A share of the rows of a leaf's gradient, out of the packed or plain form.
-void unpack(const Port& port, float* to, bool add, const Run& run, const Tier& tier, int part, int parts);
+void unpack(const Port& port, float* to, bool add, char* meta, const Tier& tier, int part, int parts);
 
 }  // namespace fastmaml
