@@ -158,6 +158,14 @@ static int64_t next_chunk(Shared& s, int team) {
     return chunks;
 }
 
+static bool same_rows(const Run& r) {
+    for (int64_t t = 1; t < r.tasks; ++t)
+        if (r.support_rows[t + 1] - r.support_rows[t] != r.support_rows[1] - r.support_rows[0] ||
+            r.query_rows[t + 1] - r.query_rows[t] != r.query_rows[1] - r.query_rows[0])
+            return false;
+    return true;
+}
+
 static void run_tasks(Shared& s, char* meta, int team, int part) {
     Worker w{&s.plan, &s.run, &s.tier, Task{}, s.teams[team].get(), part, s.shape.team, {}};
     char* arena = s.run.work + team * team_bytes(s.plan, s.shape);
@@ -167,6 +175,8 @@ static void run_tasks(Shared& s, char* meta, int team, int part) {
     w.scratch = reinterpret_cast<float*>(arena + aligned(s.plan.shared_bytes) + part * aligned(s.plan.scratch_bytes));
     w.base.resize(kFirstTaskBase + s.plan.task_buffers.size());
     const bool sums = s.run.half == s.plan.halves - 1;
+    begin_task(w, 0);
+    Linked linked(w, same_rows(s.run));
     for (;;) {
         if (part == 0) s.current[team].value.store(next_chunk(s, team), std::memory_order_relaxed);
         w.barrier->wait();
@@ -176,8 +186,11 @@ static void run_tasks(Shared& s, char* meta, int team, int part) {
         bool begun = false;
         for (int64_t t = begin; t < end; ++t) {
             begin_task(w, t);
-            for (const Phase& phase : s.plan.phases)
-                if (phase.scope == Scope::kTask && phase.half == s.run.half) run_phase(phase, w);
+            if (linked)
+                linked.run(w);
+            else
+                for (const Phase& phase : s.plan.phases)
+                    if (phase.scope == Scope::kTask && phase.half == s.run.half) run_phase(phase, w);
             if (part == 0) {
                 if (sums)
                     accumulate(w, accumulator(s, chunk), begun);

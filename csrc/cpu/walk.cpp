@@ -62,6 +62,54 @@ void run_phase(const Phase& phase, const Worker& w) {
         }
 }
 
+static bool one_call_each(const Phase& phase, const Worker& w) {
+    if (phase.start + phase.stride != phase.stop) return false;
+    for (const Group& group : phase.groups)
+        if (group.rows != Rows::kNone && group.block_rows > 0 && group.block_rows < extent(group.rows, w.task))
+            return false;
+    return true;
+}
+
+Linked::Linked(const Worker& w, bool same_rows) {
+    if (!same_rows) return;
+    size_t calls = 0;
+    for (const Phase& phase : w.plan->phases) {
+        if (phase.scope != Scope::kTask || phase.half != w.run->half) continue;
+        if (!one_call_each(phase, w)) return;
+        for (const Group& group : phase.groups) calls += group.instructions.size();
+    }
+    links_.reserve(calls);
+    for (const Phase& phase : w.plan->phases) {
+        if (phase.scope != Scope::kTask || phase.half != w.run->half) continue;
+        for (const Group& group : phase.groups) {
+            const int64_t n = group.rows == Rows::kNone ? 1 : extent(group.rows, w.task);
+            for (const Instruction& in : group.instructions) {
+                Link link = {prepare_call(in, w, phase.start, 0, n, n), w.tier->table[in.kernel], in.stages, 0};
+                for (int i = 0; i < in.n_operands; ++i) {
+                    const Operand& o = w.plan->operands[in.operands + i];
+                    const int base = o.first_base != kNoBase && phase.start + o.shift == 0 ? o.first_base : o.base;
+                    if (base < kFirstTaskBase) continue;
+                    moved_.push_back({i, base, static_cast<char*>(link.call.operands[i]) - w.base[base]});
+                    ++link.moved;
+                }
+                links_.push_back(link);
+            }
+        }
+    }
+}
+
+void Linked::run(const Worker& w) {
+    const Moved* moved = moved_.data();
+    for (Link& link : links_) {
+        for (const Moved* end = moved + link.moved; moved < end; ++moved)
+            link.call.operands[moved->operand] = w.base[moved->base] + moved->offset;
+        for (link.call.stage = 0; link.call.stage < link.stages; ++link.call.stage) {
+            link.kernel(link.call);
+            if (w.parts > 1) w.barrier->wait();
+        }
+    }
+}
+
 bool all_finite(const float* p, int64_t n) {
     uint32_t bad = 0;
     for (int64_t i = 0; i < n; ++i) {

@@ -42,6 +42,30 @@ Call prepare_call(const Instruction& in, const Worker& w, int64_t step, int64_t 
 
 void run_phase(const Phase& phase, const Worker& w);
 
+// The phases of a half whose tasks all have as many rows, as the calls that they come to: from one task to the next
+// only the addresses of its own arrays change. Where tasks take microseconds, finding the others again for each is a
+// part of the time.
+class Linked {
+public:
+    // Nothing is linked unless every instruction is one call: there are no steps, and no blocks of rows.
+    Linked(const Worker& w, bool same_rows);
+    explicit operator bool() const { return !links_.empty(); }
+    void run(const Worker& w);  // the task that has begun
+
+private:
+    struct Link {
+        Call call;
+        Kernel kernel;
+        int stages, moved;  // how many of moved_ are its own
+    };
+    struct Moved {
+        int operand, base;
+        int64_t offset;
+    };
+    std::vector<Link> links_;
+    std::vector<Moved> moved_;
+};
+
 bool all_finite(const float* p, int64_t n);
 
 }  // namespace fastmaml
