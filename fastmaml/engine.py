@@ -67,6 +67,7 @@ class Runner:
     leaves     the parameters that the Program reads, by name; ``buffers``: names of the model's buffers that it reads
     own        names of the leaves, and rates, of each task: the prologue gives them
     gradients  (name of the result, name of the parameter or rate) of every gradient that the Plan computes, but of each task's own
+    trained    (name of the result, parameter) of those that are of a parameter; ``of_rates``: (name of the result, name) of the others
     """
 
     def __init__(self, view: ModelView, rewritten: Rewritten, rates: Mapping[str, Rate], executor: Executor) -> None:
@@ -83,6 +84,8 @@ class Runner:
         self.buffers = [name for name in read if name not in view.parameters]
         found = [(name, name.removeprefix("grad.")) for name in self.plan.results if name.startswith("grad.")]
         self.gradients = [(key, name) for key, name in found if name not in self.own]
+        self.trained = [(key, view.parameters[name]) for key, name in self.gradients if name in view.parameters]
+        self.of_rates = [(key, name) for key, name in self.gradients if name not in view.parameters]
         self._numbers: dict[tuple[str, tuple[float, ...]], Tensor] = {}
 
     def number(self, name: str, values: Sequence[float]) -> Tensor:

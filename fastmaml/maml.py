@@ -19,7 +19,7 @@ from fastmaml.executors import BACKENDS, NATIVE, Executor, explained
 from fastmaml.executors.call import Call, Results
 from fastmaml.executors.device import capturing
 from fastmaml.optimizers import SGD, ImplicitGradient
-from fastmaml.output import MetaOutput, NonFiniteError, correct_of, gradient_of, per_task
+from fastmaml.output import MetaOutput, NonFiniteError, correct_of, of_all_steps, per_task
 from fastmaml.program import CLASS_WEIGHT
 from fastmaml.prologue import Prologue
 from fastmaml.rates import InnerRates
@@ -310,10 +310,12 @@ class MAML(Trained):
 
     def _trained(self, ran: Ran) -> list[tuple[str, Tensor]]:
         """(name of its gradient, parameter or rate) of what is trained."""
-        given, rates = ran.parameters, self.rates.values
-        named = [(key, given[name] if name in given else rates[name]) for key, name in ran.runner.gradients]
+        given, runner = ran.parameters, ran.runner
+        own = given is runner.view.parameters
+        named = runner.trained if own else [(key, given[name]) for key, name in runner.gradients if name in given]
+        named = [*named, *((key, self.rates.values[name]) for key, name in runner.of_rates)]
         if ran.prologue is not None:  # it may reach any of them
-            known = {name for _, name in ran.runner.gradients}
+            known = {name for _, name in runner.gradients}
             named += [(f"grad.{name}", p) for name, p in {**given, **dict(self.rates.learned())}.items() if name not in known]
             named += [("", source) for source in self.parameterisation.sources()]
         return [(key, p) for key, p in named if p.requires_grad]
@@ -326,11 +328,12 @@ class MAML(Trained):
             out.loss = out.loss + ran.prologue.added(ran.results, ran.call).detach()
         return out
 
-    @staticmethod
-    def _gradients(ran: Ran, results: Results, trained: list[tuple[str, Tensor]], penalty: bool = True) -> list[tuple[Tensor, Tensor | None]]:
+    def _gradients(self, ran: Ran, results: Results, trained: list[tuple[str, Tensor]], penalty: bool = True) -> list[tuple[Tensor, Tensor | None]]:
         """(parameter or rate, its gradient) of what is trained; None where torch would give none."""
         values = results.values
-        found = [(p, gradient_of(values.get(key), p)) for key, p in trained]
+        found = [(p, values.get(key)) for key, p in trained]
+        if self.rates.steps is not None:
+            found = [(p, of_all_steps(g, p)) for p, g in found]
         if ran.prologue is None:
             return found
         more = ran.prologue.pull_back(results, ran.call, [p for _, p in trained], penalty)

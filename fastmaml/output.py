@@ -123,8 +123,8 @@ def per_task(rows: Tensor, sizes: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
     return rows.split(list(sizes))
 
 
-def gradient_of(g: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """None where torch would give none. Rates of steps that did not run get zeros."""
+def of_all_steps(g: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """A gradient, with zeros for the rates of steps that did not run."""
     if g is not None and g.numel() != parameter.numel():
         g = torch.cat([g, torch.zeros_like(parameter[len(g) :])])
     return g

@@ -72,7 +72,7 @@ static void narrow_forward(const Call& c, const Pair* pairs, int n_pairs, const 
 }
 
 // dx = act(sum over pairs of dy w), a share of the inputs; x of a pair is dy
-template <int O, int P>
+template <int O, int P, Gate G>
 static inline void narrow_input_of(const Pair* pairs, int64_t begin, int64_t end, int64_t n, float* dx, int64_t ldx,
                                    const Activation act) {  // a copy: no store can change it
     const float* dy[P];
@@ -86,7 +86,7 @@ static inline void narrow_input_of(const Pair* pairs, int64_t begin, int64_t end
             vec acc{};
             for (int p = 0; p < P; ++p)
                 for (int o = 0; o < O; ++o) acc = fma(splat(dy[p][r * ldd[p] + o]), w[p][o], acc);
-            store(dx + r * ldx + k, act(acc, r, k));
+            store(dx + r * ldx + k, act.apply<G>(acc, r, k));
         }
     }
 }
@@ -96,8 +96,13 @@ static void narrow_input(const Call& c, const Pair* pairs, int n_pairs, float* d
     if constexpr (O > 1)
         if (c.sizes[1] < O) return narrow_input<O - 1>(c, pairs, n_pairs, dx, ldx, act);
     const Share s = share(pad_lane(c.sizes[0]) / kLane, c);
-    n_pairs == 1 ? narrow_input_of<O, 1>(pairs, s.begin * kLane, s.end * kLane, c.n, dx, ldx, act)
-                 : narrow_input_of<O, 2>(pairs, s.begin * kLane, s.end * kLane, c.n, dx, ldx, act);
+    const int64_t begin = s.begin * kLane, end = s.end * kLane;
+    with_gate(act.gate, [&](auto gate) {
+        if (n_pairs == 1)
+            narrow_input_of<O, 1, gate()>(pairs, begin, end, c.n, dx, ldx, act);
+        else
+            narrow_input_of<O, 2, gate()>(pairs, begin, end, c.n, dx, ldx, act);
+    });
 }
 
 // V vectors of inputs of dw (or its epilogue) over n rows of the batch; `left`: inputs from here on, of which only the
