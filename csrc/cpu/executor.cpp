@@ -66,14 +66,15 @@ static bool losses_finite(const Worker& w) {
 
 // out = base + f x (base null: f x), with the tier's own kernels
 static void add_scaled(const Tier& tier, const float* base, const float* x, float f, float* out, int64_t n) {
-    Call c{};
+    Call c;  // tasks of microseconds feel it being cleared
     const int64_t sizes[2] = {n, 0};
-    c.parts = 1;
+    c.part = 0, c.parts = 1;
     c.sizes = sizes;
     c.numbers = &f;
     c.operands[0] = const_cast<float*>(base ? base : x);
     c.operands[1] = base ? const_cast<float*>(x) : nullptr;
-    c.operands[base ? 3 : 2] = out;
+    c.operands[2] = base ? nullptr : out;
+    c.operands[3] = out;
     tier.table[base ? kId_axpy_fwd : kId_scale_fwd](c);
 }
 

@@ -198,10 +198,20 @@ static inline void bias_tile(int64_t n, bool first, const float* d, int64_t ldd,
 static void backward_bias(const Call& c, const float* d, int64_t ldd, float* db, const float* base, float scale) {
     const Share s = share(pad_lane(c.sizes[1]) / kLane, c);
     const float* from = c.last ? base : nullptr;
-    int64_t o = s.begin * kLane;
-    for (; o + 4 * VL <= s.end * kLane; o += 4 * VL)
-        bias_tile<4>(c.n, c.first, d + o, ldd, db + o, from ? from + o : nullptr, scale);
-    for (; o < s.end * kLane; o += VL) bias_tile<1>(c.n, c.first, d + o, ldd, db + o, from ? from + o : nullptr, scale);
+    const auto tile = [&](auto vectors, int64_t o) {
+        bias_tile<vectors()>(c.n, c.first, d + o, ldd, db + o, from ? from + o : nullptr, scale);
+    };
+    for (int64_t o = s.begin * kLane, left; o < s.end * kLane; o += 4 * VL) {
+        left = (s.end * kLane - o) / VL;
+        if (left >= 4)
+            tile(std::integral_constant<int, 4>(), o);
+        else if (left == 3)
+            tile(std::integral_constant<int, 3>(), o);
+        else if (left == 2)
+            tile(std::integral_constant<int, 2>(), o);
+        else
+            tile(std::integral_constant<int, 1>(), o);
+    }
 }
 
 static float signed_scale(const Call& c, int number, int scale) {

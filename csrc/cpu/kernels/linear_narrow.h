@@ -11,29 +11,29 @@ namespace FASTMAML_ISA {
 // again. Two chains each.
 template <bool Rows>
 static inline quad four_dots(const Pair* pairs, int n_pairs, int64_t in, int64_t r, int64_t o, int64_t left) {
+    constexpr int kX = Rows ? 4 : 1, kW = Rows ? 1 : 4;  // rows of x and of w: there is one of either
     vec acc[4][2] = {};
     for (int p = 0; p < n_pairs; ++p) {
-        const float *x[4], *w[4];
+        const float *x[kX], *w[kW];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const int64_t at = i < left ? i : left - 1;
-            x[i] = pairs[p].x + (Rows ? r + at : r) * pairs[p].ldx;
-            w[i] = pairs[p].w + (Rows ? o : o + at) * pairs[p].ldw;
-        }
+        for (int i = 0; i < kX; ++i) x[i] = pairs[p].x + (r + (i < left ? i : left - 1)) * pairs[p].ldx;
+#pragma GCC unroll 4
+        for (int i = 0; i < kW; ++i) w[i] = pairs[p].w + (o + (Rows ? 0 : i < left ? i : left - 1)) * pairs[p].ldw;
         int64_t k = 0;
         for (; k + 2 * VL <= in; k += 2 * VL)
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                acc[i][0] = fma(load(x[i] + k), load(w[i] + k), acc[i][0]);
-                acc[i][1] = fma(load(x[i] + k + VL), load(w[i] + k + VL), acc[i][1]);
+                const float *xi = x[Rows ? i : 0], *wi = w[Rows ? 0 : i];
+                acc[i][0] = fma(load(xi + k), load(wi + k), acc[i][0]);
+                acc[i][1] = fma(load(xi + k + VL), load(wi + k + VL), acc[i][1]);
             }
-        if (k < in)
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) acc[i][0] = fma(load_part(x[i] + k, in - k), load(w[i] + k), acc[i][0]);
-        if (k + VL < in)
+#pragma GCC unroll 2
+        for (int chain = 0; chain < 2; ++chain, k += VL) {
+            if (k >= in) break;
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i)
-                acc[i][1] = fma(load_part(x[i] + k + VL, in - k - VL), load(w[i] + k + VL), acc[i][1]);
+                acc[i][chain] = fma(load_part(x[Rows ? i : 0] + k, in - k), load(w[Rows ? 0 : i] + k), acc[i][chain]);
+        }
     }
     return sum_lanes(acc[0][0] + acc[0][1], acc[1][0] + acc[1][1], acc[2][0] + acc[2][1], acc[3][0] + acc[3][1]);
 }
