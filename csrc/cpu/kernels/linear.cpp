@@ -172,7 +172,7 @@ static void backward_weight(const Call& c, const Outer* terms, int n_terms, floa
                 const bool sum = deep && (r > 0 || !c.first);
                 const Epilogue e = {c.first || deep ? nullptr : dw + at, sum ? dw + at : nullptr,
                                     fused ? base + at : nullptr, fused ? scale : 1.f};
-                outer_columns(left < cols ? left : cols, s.end - s.begin, here, n_terms, rows, dw + at, width, e);
+                outer_columns(without_padding(cols, left), s.end - s.begin, here, n_terms, rows, dw + at, width, e);
                 r += rows;
             } while (r < c.n);
         }

@@ -19,6 +19,8 @@ static constexpr int rows_of(int vectors, bool half = false) {
 // The last vector of a tile of `Half` has at most VL / 2 columns that are no padding. Two rows share one register
 // there: its lower half is of the first, its upper half of the second.
 static inline bool is_half(int64_t cols) { return VL == 16 && (cols - 1) % VL < VL / 2; }  // the last vector of so many
+// Columns that a tile is told of: without padding where it is at most a vector, else with it.
+static inline int64_t without_padding(int64_t cols, int64_t left) { return VL == 16 && left < cols ? left : cols; }
 #if defined(__AVX512F__)
 static inline vec twice(const float* p) { return (vec)_mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
 static inline vec halves(vec low, vec high) { return (vec)_mm512_mask_blend_ps(0xff00, (__m512)low, (__m512)high); }
@@ -155,10 +157,10 @@ static inline void column(bool half, int64_t n, const Pair* pairs, int n_pairs, 
 }
 
 // y[n][cols] = act(init + sum of pairs), each over k products, for columns that lie together in w. All rows are padded
-// to whole lanes, those of w with zeros. For k = 0, too: then y is init.
+// to whole vectors, those of w with zeros. For k = 0, too: then y is init.
 static inline void columns(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
                            const float* init, int64_t ld_init, const Activation& act) {
-    const int64_t padded = pad_lane(cols);
+    const int64_t padded = (cols + VL - 1) / VL * VL;
     for (int64_t c = 0; c < padded; c += kCols * VL) {
         const bool end = padded - c <= kCols * VL, half = end && is_half(cols);
         const int vectors = static_cast<int>((end ? padded - c : kCols * VL) / VL);
@@ -186,8 +188,9 @@ static inline void columns(int64_t n, int64_t cols, const Pair* pairs, int n_pai
 // The same over any depth, in chains of about kDepth: a column of tiles at a time.
 static inline void product(int64_t n, int64_t cols, const Pair* pairs, int n_pairs, int64_t k, float* y, int64_t ldy,
                            const float* init, int64_t ld_init, const Activation& act) {
-    for (int64_t c = 0; c < cols; c += kCols * VL) {
-        const int64_t width = cols - c < kCols * VL ? cols - c : kCols * VL;
+    const int64_t padded = pad_lane(cols);
+    for (int64_t c = 0; c < padded; c += kCols * VL) {
+        const int64_t width = without_padding(padded - c < kCols * VL ? padded - c : kCols * VL, cols - c);
         const float* from = init ? init + c : nullptr;
         int64_t ld_from = ld_init, i = 0;
         do {
@@ -370,7 +373,7 @@ static inline void outer_column(bool half, int64_t inputs, const Outer* terms, i
 static inline void outer_columns(int64_t cols, int64_t inputs, const Outer* terms, int n_terms, int64_t n, float* dw,
                                  int64_t ldw, const Epilogue& e) {
     const bool half = is_half(cols);
-    switch (pad_lane(cols) / VL) {
+    switch ((cols + VL - 1) / VL) {
         case 1:
             return outer_column<1>(half, inputs, terms, n_terms, n, dw, ldw, e);
 #if defined(__AVX512F__)
