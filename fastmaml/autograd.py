@@ -20,6 +20,15 @@ OTHERS = "only out.loss carries gradient; for a loss of your own on the logits p
 
 graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
+in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``. Outside of torch.func's transforms without what it does for them, which takes a small network longer than the node itself."""
+    if in_transform():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
 
 class MetaLoss(torch.autograd.Function):
     """The loss of a meta-iteration, with its gradients."""

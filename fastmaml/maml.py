@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmaml import options
 from fastmaml import parameterisation as families
 from fastmaml.adapted import AdaptedModel
-from fastmaml.autograd import MetaLoss, OuterLogits
+from fastmaml.autograd import MetaLoss, OuterLogits, applied
 from fastmaml.batch import TaskBatch
 from fastmaml.counts import check_count
 from fastmaml.engine import TASK_RATE, Runner, Spec, support_bucket, warn_user, without_autocast
@@ -313,10 +313,11 @@ class MAML(Trained):
         given, runner = ran.parameters, ran.runner
         own = given is runner.view.parameters
         named = runner.trained if own else [(key, given[name]) for key, name in runner.gradients if name in given]
-        named = [*named, *((key, self.rates.values[name]) for key, name in runner.of_rates)]
+        if runner.of_rates:
+            named = [*named, *((key, self.rates.values[name]) for key, name in runner.of_rates)]
         if ran.prologue is not None:  # it may reach any of them
             known = {name for _, name in runner.gradients}
-            named += [(f"grad.{name}", p) for name, p in {**given, **dict(self.rates.learned())}.items() if name not in known]
+            named = [*named, *((f"grad.{name}", p) for name, p in {**given, **dict(self.rates.learned())}.items() if name not in known)]
             named += [("", source) for source in self.parameterisation.sources()]
         return [(key, p) for key, p in named if p.requires_grad]
 
@@ -356,7 +357,7 @@ class MAML(Trained):
         pairs = [(p, g) for p, g in self._gradients(ran, ran.results, self._trained(ran)) if g is not None] if grad else []
         if pairs:
             parameters, gradients = zip(*pairs, strict=True)
-            out.loss, out.parameters = MetaLoss.apply((out.loss,), gradients, *parameters), parameters
+            out.loss, out.parameters = applied(MetaLoss, (out.loss,), gradients, *parameters), parameters
             for key, _ in ran.runner.gradients:  # held by the loss alone, so that torch makes them .grad without a copy
                 ran.results.values.pop(key, None)
         return out
@@ -379,7 +380,7 @@ class MAML(Trained):
             self._check_finite(results)
             return [g for _, g in self._gradients(ran, results, trained, penalty=False)]
 
-        logits = OuterLogits.apply((out.joined_logits,), reverse, *parameters) if parameters else out.joined_logits
+        logits = applied(OuterLogits, (out.joined_logits,), reverse, *parameters) if parameters else out.joined_logits
         loss = outer_loss(per_task(logits, batch.query_sizes), per_task(batch.query_y, batch.query_sizes))
         options.check_scalar(loss)
         if ran.prologue is not None and ran.prologue.penalty is not None:  # autograd takes its gradient, as that of the user's loss

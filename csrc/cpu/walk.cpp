@@ -72,19 +72,24 @@ static bool one_call_each(const Phase& phase, const Worker& w) {
 
 Linked::Linked(const Worker& w, bool same_rows) {
     if (!same_rows) return;
-    size_t calls = 0;
+    size_t calls = 0, operands = 0;
     for (const Phase& phase : w.plan->phases) {
         if (phase.scope != Scope::kTask || phase.half != w.run->half) continue;
         if (!one_call_each(phase, w)) return;
-        for (const Group& group : phase.groups) calls += group.instructions.size();
+        for (const Group& group : phase.groups) {
+            calls += group.instructions.size();
+            for (const Instruction& in : group.instructions) operands += in.n_operands;
+        }
     }
     links_.reserve(calls);
+    moved_.reserve(operands);
     for (const Phase& phase : w.plan->phases) {
         if (phase.scope != Scope::kTask || phase.half != w.run->half) continue;
         for (const Group& group : phase.groups) {
             const int64_t n = group.rows == Rows::kNone ? 1 : extent(group.rows, w.task);
             for (const Instruction& in : group.instructions) {
-                Link link = {prepare_call(in, w, phase.start, 0, n, n), w.tier->table[in.kernel], in.stages, 0};
+                links_.push_back({prepare_call(in, w, phase.start, 0, n, n), w.tier->table[in.kernel], in.stages, 0});
+                Link& link = links_.back();
                 for (int i = 0; i < in.n_operands; ++i) {
                     const Operand& o = w.plan->operands[in.operands + i];
                     const int base = o.first_base != kNoBase && phase.start + o.shift == 0 ? o.first_base : o.base;
@@ -92,7 +97,6 @@ Linked::Linked(const Worker& w, bool same_rows) {
                     moved_.push_back({i, base, static_cast<char*>(link.call.operands[i]) - w.base[base]});
                     ++link.moved;
                 }
-                links_.push_back(link);
             }
         }
     }
