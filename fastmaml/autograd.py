@@ -47,7 +47,7 @@ class MetaLoss(torch.autograd.Function):
             raise RuntimeError("a second backward through one meta-iteration: pass retain_graph=True to the first")
         if not graph_is_kept():
             ctx.gradients = None  # nobody else holds them, so torch makes them .grad without a copy
-        if dloss.device.type != "cpu" or dloss.item() != 1.0:  # reading it would wait for a GPU
+        if not dloss.is_cpu or dloss.item() != 1.0:  # reading it would wait for a GPU
             gradients = [g * dloss for g in gradients]
         return None, None, *gradients
 

@@ -267,7 +267,8 @@ class MAML(Trained):
         if spec.loss.name != "mse" and not capturing(view.like.device):  # while a graph is captured nothing can be read; the call before it has
             options.check_labels(batch, runner.output[0], entry in ("halves", "adapt"))
         rates = self.rates.at(spec.steps, inner_lr, view)
-        numbers = self._numbers(step_weights, spec, runner)
+        plain = step_weights is None and self.class_weight is None and not spec.optimizer.dampens
+        numbers = {} if plain else self._numbers(step_weights, spec, runner)
         strict = self.on_nonfinite == "raise"
         leaves, prologue = runner.leaf_values(given), None
         if runner.own:
@@ -283,8 +284,6 @@ class MAML(Trained):
         return Ran(spec, runner, call, results, view.parameters if given is None else given, prologue)
 
     def _numbers(self, step_weights: list[float] | None, spec: Spec, runner: Runner) -> dict[str, Tensor]:
-        if step_weights is None and self.class_weight is None and not spec.optimizer.dampens:
-            return {}
         like, numbers = runner.view.like, spec.optimizer.numbers(spec.steps)
         if step_weights is not None:
             numbers = {**numbers, "step_weights": step_weights}
