@@ -111,6 +111,24 @@ def test_order_of_the_tasks_does_not_matter_to_any_of_them(option: str) -> None:
     assert error(mixed.values, names, ZERO) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["sinusoid", "omniglot-fc"])
+def test_calls_that_are_linked_are_those_of_the_walk(name: str) -> None:
+    """Tasks of one size and one step are linked; beside a task of another size the same tasks are walked."""
+    case = net_case(name, tasks=6, steps=1, rows=(5, 5))
+    *most, last = [case.batch.task(t) for t in range(6)]
+    ragged = fastmaml.TaskBatch.from_tasks([*most, tuple(x[:4] for x in last)])
+    weights = torch.tensor([1.0] * 5 + [0.0], dtype=torch.float64)
+    results = []
+    for batch in (fastmaml.TaskBatch.from_tasks([*most, last]), ragged):
+        call = dataclasses.replace(case, batch=batch).call(torch.float32, task_weights=weights)
+        results.append(CpuExecutor(case.plan(), threads=2).forward(call))
+    linked, walked = results
+    assert torch.equal(linked.values["logits"][:25], walked.values["logits"][:25])
+    for key, value in linked.values.items():
+        other = walked.values[key]
+        assert torch.equal(value, other) if key.startswith("grad.") else torch.equal(value[:5], other[:5]), key
+
+
 @pytest.mark.parametrize("tasks", [1, 2, 7, 16, 17, 33, 100])
 def test_sum_over_tasks(tasks: int) -> None:
     case = net_case("sinusoid", tasks=tasks, steps=1, rows=(3, 2))

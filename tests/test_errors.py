@@ -12,7 +12,7 @@ from maml_cases import conv_net, needs_cpu
 from plain_loop import classify, mlp, one_thread, ragged, regress  # noqa: F401
 from torch import nn
 
-from fastmaml import MAML, BackendError, TaskBatch, TraceError
+from fastmaml import MAML, SGD, BackendError, TaskBatch, TraceError
 
 SX, SY, QX, QY = classify()
 NAN, INF = float("nan"), float("inf")
@@ -244,6 +244,29 @@ def test_labels_of_a_batch_object_are_checked_for_each_model() -> None:
     labels[0, 0] = 77
     with pytest.raises(ValueError, match="support_y has the label 77"):
         build()(batch)
+
+
+def test_what_was_right_once_is_looked_at_again() -> None:
+    """What a call runs on is kept for tasks of a form: other types, shapes, labels and options are no less checked behind it."""
+    maml = build()
+    for _ in range(2):
+        maml((SX, SY, QX, QY))
+        with pytest.raises(TypeError, match="support_y is torch.float32"):
+            maml((SX, SY.float(), QX, QY.float()))
+        with pytest.raises(ValueError, match="query_y has the label 4"):
+            maml((SX, SY, QX, QY + 1))
+        with pytest.raises(ValueError, match="support_y has labels of shape"):
+            maml((SX, SY[..., None], QX, QY[..., None]))
+        with pytest.raises(TypeError, match="support_x is torch.int64"):
+            maml((SX.long(), SY, QX.long(), QY))
+        with pytest.raises(TypeError, match="inner_steps=True"):
+            maml((SX, SY, QX, QY), inner_steps=True)
+    before = maml((SX, SY, QX, QY)).loss
+    maml.inner_optimizer = SGD(weight_decay=0.5)
+    assert maml((SX, SY, QX, QY)).loss != before
+    maml.inner_optimizer = "adam"
+    with pytest.raises(TypeError, match="inner_optimizer is str"):
+        maml((SX, SY, QX, QY))
 
 
 @needs_cpu

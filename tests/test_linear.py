@@ -96,6 +96,13 @@ def test_long_sums(tier: str, call: Call) -> None:
 
 @tiers
 @parametrize(ROW_KERNELS + SUMS)
+def test_half_a_vector(tier: str, call: Call) -> None:
+    """Layers, with inputs and outputs of which the last vector of 16 holds at most 8: two rows share a register there."""
+    check(call, tier, [(1, 40, 17), (2, 17, 24), (9, 20, 37), (10, 40, 40), (11, 24, 20), (23, 56, 53), (97, 37, 56), (12, 53, 120)])
+
+
+@tiers
+@parametrize(ROW_KERNELS + SUMS)
 def test_teams(tier: str, call: Call) -> None:
     for shape in ((5, 130, 130), (97, 65, 40), (10, 130, 7), (5, 1, 9)):
         made = case(call, shape)
