@@ -247,7 +247,7 @@ def test_verify(name: str) -> None:
 
 def test_verify_sees_a_wrong_gradient_of_a_rewritten_network(monkeypatch: pytest.MonkeyPatch) -> None:
     right = MAML._gradients
-    monkeypatch.setattr(MAML, "_gradients", staticmethod(lambda *args: [(p, g if g is None else 1.01 * g) for p, g in right(*args)]))
+    monkeypatch.setattr(MAML, "_gradients", lambda *args: [(p, g if g is None else 1.01 * g) for p, g in right(*args)])
     assert not methods.TNets(mlp(), **OPTIONS).verify(classify(tasks=4), repeats=1).ok
 
 
