@@ -24,7 +24,7 @@ in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_
 
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``. Outside of torch.func's transforms without what it does for them, which takes a small network longer than the node itself."""
+    """``function.apply``. Outside of torch.func's transforms without what it does for them, which a small network feels."""
     if in_transform():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
